@@ -203,11 +203,15 @@ def _bubblewrap(as_root: bool) -> list[str]:
     if as_root:
         box += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        box += ["--unshare-user"] + ["--disable-userns"] * ("--disable-userns" in known)
+        box += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+        box += ["--disable-userns"] * ("--disable-userns" in known)
+    perms = "--perms" in known
     for path in _visible():
+        for parent in reversed(Path(path).parents[:-1]):     # bubblewrap would make these for root alone
+            box += ["--perms", "0755"] * perms + ["--dir", str(parent)]
         box += ["--ro-bind", path, path]
     box += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
-    box += ["--perms", "1777"] * ("--perms" in known) + ["--size", str(SCRATCH_BYTES)] * ("--size" in known)
+    box += ["--perms", "1777"] * perms + ["--size", str(SCRATCH_BYTES)] * ("--size" in known)
     return box + ["--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"]
 
 # %% ../nbs/07_execution.ipynb #call
