@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# One command for everything: installs what is missing, then trains, chats, teaches or tests. See --help.
+set -euo pipefail
+from=$PWD
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+usage() {
+  cat <<'TEXT'
+Train a small ChatGPT from text to chat, on a laptop or on eight GPUs.
+
+  bash run_all.sh [PRESET]         train every stage and print the report card; again: skip what is finished,
+                                   resume what was interrupted. PRESET: laptop (default), gpu, speedrun, or FILE.yaml
+      --run NAME                   the run's name; its folder is runs/NAME         (default: the preset's name)
+      --depth N                    layers of the model: the one dial of its size
+      --text FILE...               train on your own .txt, .md, .jsonl, .parquet files or folders
+      --conversations FILE...      fine-tune on your own conversations (.jsonl)
+      --data FOLDER                evaluate on CORE, MMLU, ARC, GSM8K, HumanEval when their files are there
+      --set STAGE.PARAM=VALUE      override one parameter of one stage (tokenizer, base, sft, rl, eval, report)
+      --processes N                processes on this machine                       (default: one per GPU)
+      --until STEP                 stop early: tokenizer, base, eval-base, sft, eval-sft, rl, eval-rl
+  bash run_all.sh chat             talk to the trained model in the browser   [--run NAME] [--port 8866]
+  bash run_all.sh lab              open the course in JupyterLab
+  bash run_all.sh book             build the course as a web site in _book/
+  bash run_all.sh refresh [NN...]  run the lessons of these notebooks (default: all) and store their outputs
+  bash run_all.sh test             run all tests
+TEXT
+}
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+find_python() {
+  local name
+  for name in python3 python3.11 python3.12 python3.13 python3.14 python; do
+    if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$name"; return
+    fi
+  done
+  fail "Python 3.11 or newer with venv is needed and was not found on PATH (on Debian: apt install python3 python3-venv)"
+}
+
+install() {
+  local stamp="$here/.venv/installed" want
+  want=$(cd "$here" && echo "$here" | cat - requirements.lock settings.ini setup.py pyproject.toml | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "$here/.venv/bin/python" -c '' 2>/dev/null; then return; fi
+  local python; python=$(find_python) || exit 1
+  echo "Installing into .venv (once; a few minutes)"
+  "$python" -m venv --clear "$here/.venv"
+  (cd "$here" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
+    && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .)
+  echo "$want" > "$stamp"
+}
+
+# Debian packages that two tests use; without them these tests skip and say so.
+install_test_tools() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  local missing=()
+  command -v chromium >/dev/null || missing+=(chromium)
+  command -v bwrap >/dev/null || missing+=(bubblewrap)
+  [ ${#missing[@]} = 0 ] && return 0
+  echo "Installing ${missing[*]} for the tests"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
+    >/dev/null 2>&1 || echo "could not install ${missing[*]}; the tests that need them will skip"
+}
+
+option() {                                   # option --NAME DEFAULT ARGS...: the value after --NAME, or the default
+  local name=$1 value=$2; shift 2
+  while [ $# -gt 0 ]; do
+    case $1 in
+      "$name") [ $# -gt 1 ] || fail "$name needs a value"; value=$2 ;;
+      "$name="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  echo "$value"
+}
+
+chat() {
+  local run port server
+  run=$(option --run laptop "$@"); port=$(option --port 8866 "$@"); server=$((port + 1))
+  case $run in */*) run=$(cd "$from" && realpath "$run") ;; *) run="$here/runs/$run" ;; esac
+  [ -d "$run/sft" ] || [ -d "$run/base" ] || fail "there is no trained model in runs/$(basename "$run"); run \`bash run_all.sh\` first"
+  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+  (cd "$here" && exec "$bin/python" -m nanochat_nb.server --run "$run" --port "$server") &
+  local model=$!
+  echo "Starting; the page will be at http://localhost:$port"
+  (cd "$here" && NANOCHAT_NB_SERVER="http://127.0.0.1:$server" exec "$bin/voila" nbs/18_chat.ipynb --no-browser \
+    --port="$port" --Voila.port_retries=0 --Voila.ip=127.0.0.1) &
+  wait -n
+  kill -0 "$model" 2>/dev/null || fail "the model server stopped"
+}
+
+case ${1:-} in -h|--help|help) usage; exit 0 ;; esac
+install
+bin="$here/.venv/bin"
+export PATH="$bin:$PATH"
+case ${1:-} in
+  chat) shift; chat "$@" ;;
+  lab)
+    shift; cd "$here"
+    git config --local include.path ../.gitconfig 2>/dev/null || true
+    exec "$bin/jupyter" lab "$@" nbs/00_runtime.ipynb ;;
+  book)
+    shift; cd "$here"
+    "$bin/python" -m sphinx -W --keep-going -q -b html -c chapters . _book "$@"
+    echo "The book: _book/index.html" ;;
+  refresh) shift; cd "$here"; exec "$bin/python" -m nanochat_nb.launch refresh "$@" ;;
+  test)
+    shift; cd "$here"; install_test_tools
+    exec "$bin/python" -m pytest -q --durations=15 tests "$@" ;;
+  *) cd "$from"; exec "$bin/python" -m nanochat_nb.launch "$@" ;;
+esac
