@@ -343,15 +343,19 @@ def prune(notebook: dict, name: str = "the notebook") -> dict:
     fresh = [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in kept]
     return notebook | {"cells": fresh}
 
-# %% ../nbs/15_launch.ipynb #exported-cells
+# %% ../nbs/15_launch.ipynb #same-imports
+def _same_imports(code: str) -> str:
+    """`code` with the two ways to import from this library, absolute and relative, written alike."""
+    return re.sub(r"\bfrom (?:nanochat_nb)?\.(\w+) import\b", r"from .\1 import", code.strip())
+
+
 def exported_cells(notebook: dict) -> dict[str, str]:
     """Cell id → code, for the cells that nbdev exports."""
     cells = {}
     for cell in notebook["cells"]:
         lines = source(cell).split("\n")
         if cell["cell_type"] == "code" and any(re.match(r"#\|\s*exporti?s?\s*$", line) for line in lines):
-            code = "\n".join(line for line in lines if not line.startswith("#|")).strip()
-            cells[cell["id"]] = re.sub(r"\bnanochat_nb\.(\w+) import\b", r".\1 import", code)
+            cells[cell["id"]] = _same_imports("\n".join(line for line in lines if not line.startswith("#|")))
     return cells
 
 
@@ -366,7 +370,7 @@ def stale_exports(nbs: Path | None = None, library: Path | None = None) -> list[
         module = (library or ROOT / "nanochat_nb") / f"{name[1]}.py"
         text = module.read_text(encoding="utf-8") if module.exists() else ""
         blocks = re.findall(r"^# %% (\S+) #(\S+)\n(.*?)(?=^# %% |\Z)", text, re.M | re.S)
-        if {cell: code.strip() for where, cell, code in blocks if where != "auto"} != exported_cells(notebook):
+        if {cell: _same_imports(code) for where, cell, code in blocks if where != "auto"} != exported_cells(notebook):
             stale.append(path.name)
     return stale
 
