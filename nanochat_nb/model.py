@@ -476,11 +476,11 @@ def flops_per_token(model: GPT) -> int:
 
 
 def store_in_compute_dtype(model: GPT) -> GPT:
-    """Store matrices as they are multiplied: half the memory in bf16, the same logits bit for bit, no more training."""
+    """Store matrices as they are multiplied: half the memory in bf16, the same logits bit for bit."""
     for p in model.parameters():
         if p.ndim > 1:
             p.data = p.data.to(model.dtype)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 # %% ../nbs/04_model.ipynb #kvcache
 class KVCache:
