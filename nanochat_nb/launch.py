@@ -31,12 +31,13 @@ import nanochat_nb
 from .runtime import UserError, file_hash, nearest, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
            'content_hash', 'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'git_sha',
            'upstream', 'status', 'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune',
            'exported_cells', 'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options',
            'Tee', 'keep_earlier', 'run_notebook', 'stage_parameters', 'run_stage', 'run_processes', 'only_one',
-           'run_path', 'launch', 'show_report', 'arguments', 'main', 'command_line']
+           'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'main',
+           'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -479,10 +480,13 @@ def run_stage(name: str, run: Path, overrides: dict[str, dict], log=None) -> Non
         finish(run, step, key)
 
 # %% ../nbs/15_launch.ipynb #run-processes
+_ERROR = re.compile(r"^error: (.*)\n", re.M)                  # what `command_line` prints in a rank
+
+
 def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> None:
     """Run one step on several processes of this machine under torchrun, copying what rank 0 prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               "-m", "nanochat_nb.launch", name, "--run", str(run), "--preset", str(preset)]
+               "-m", "--", "nanochat_nb.launch", name, "--run", str(run), "--preset", str(preset)]
     torchrun_says = run / "notebooks" / f"{name}.torchrun.log"
     torchrun_says.parent.mkdir(parents=True, exist_ok=True)
     said = ""
@@ -492,14 +496,14 @@ def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> No
             while block := child.stdout.read1(65536):
                 text = block.decode("utf-8", "replace")
                 said = (said + text)[-2000:]
-                log.write(text)
+                log.write(_ERROR.sub("", text))                        # told once, below
             code = child.wait()
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait()
     if code:
-        told = re.findall(r"^error: (.*)$", said, re.M)
+        told = _ERROR.findall(said)
         raise UserError(told[0] if told else f"{name} stopped; see {torchrun_says} and the notebooks beside it")
 
 # %% ../nbs/15_launch.ipynb #only-one
@@ -557,6 +561,102 @@ def show_report(run: Path) -> None:
     console.print(f"\nEverything of this run is in {os.path.relpath(run)}", highlight=False)
     console.print(f"Chat with it:  bash run_all.sh chat --run {name}", highlight=False)
 
+# %% ../nbs/15_launch.ipynb #kernel
+@contextlib.contextmanager
+def _kernel(notebook, folder: Path, timeout: int = 600):
+    """An nbclient with a running kernel in `folder`."""
+    from nbclient import NotebookClient
+    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
+    with kernel_options() as options:
+        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                                resources={"metadata": {"path": str(folder)}}, **options)
+        client.reset_execution_trackers()
+        with client.setup_kernel(env=env):
+            yield client
+
+# %% ../nbs/15_launch.ipynb #settle
+def _settle(cell) -> None:
+    """Remove from an executed cell what differs from run to run: counts, times, progress bars."""
+    cell.execution_count = None
+    cell.metadata.pop("execution", None)
+    kept = []
+    for output in cell.outputs:
+        if output.output_type == "execute_result":
+            output.execution_count = None
+        if output.output_type == "stream" and output.name == "stderr":
+            output.text = "".join(x for x in output.text.splitlines(True) if not re.search(r"\d+%\||\bit/s\b|s/it\b", x))
+        if output.output_type != "stream" or output.text.strip():
+            kept.append(output)
+    cell.outputs = kept
+
+
+def execute_lessons(path: str | Path, *, save: bool = True):
+    """Run every code cell of a notebook but those tagged `exercise`, and return it with settled outputs; `save` writes
+    them into the file. Raises nbclient's CellExecutionError, which holds the traceback."""
+    import nbformat
+    path = Path(path).resolve()
+    notebook = nbformat.read(path, 4)
+    with _kernel(notebook, path.parent) as client:
+        for index, cell in enumerate(notebook.cells):
+            if cell.cell_type == "code" and "exercise" not in tags(cell):
+                client.execute_cell(cell, index)
+                _settle(cell)
+    if save:
+        plain = json.loads(nbformat.writes(notebook))              # as nbdev_clean writes it
+        write_atomic(path, json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    return notebook
+
+# %% ../nbs/15_launch.ipynb #check-exercises
+CHECK = "# --- check ---"
+
+
+def check_exercises(path: str | Path) -> list[str]:
+    """Run a notebook's lessons and, where they stand, its exercises: each as it is (it must fail) and with its solution
+    in the stub's place (it must pass). Returns what is wrong, one line each."""
+    import nbformat
+    from nbclient.exceptions import CellExecutionError
+    path = Path(path).resolve()
+    notebook = nbformat.read(path, 4)
+    wrong, exercise = [], None
+
+    def error_of(code: str, index: int) -> str:
+        try:
+            client.execute_cell(nbformat.v4.new_code_cell(code), index)
+        except CellExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+        return ""
+
+    with _kernel(notebook, path.parent) as client:
+        for index, cell in enumerate(notebook.cells):
+            if cell.cell_type != "code":
+                continue
+            if "exercise" in tags(cell):
+                exercise = cell
+                stub = error_of(cell.source, index)
+                if not stub or stub.startswith(("SyntaxError", "IndentationError", "NameError", "ImportError")):
+                    wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: {stub or 'it passes'}")
+            elif "solution" in tags(cell) and exercise is not None:
+                solved = error_of(cell.source + "\n" + exercise.source.split(CHECK, 1)[-1], index)
+                if solved:
+                    wrong.append(f"{path.stem} #{cell.id}: the solution fails the check: {solved}")
+                exercise = None
+            elif failed := error_of(cell.source, index):
+                return wrong + [f"{path.stem} #{cell.id}: {failed}"]
+    return wrong
+
+# %% ../nbs/15_launch.ipynb #refresh
+def refresh(numbers: Sequence[str] = ()) -> None:
+    """Run the lessons of the notebooks with these numbers (all without any) and store their outputs."""
+    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if not numbers or p.stem[:2] in numbers]
+    if not paths:
+        raise UserError(f"no notebook has the number {', '.join(numbers)}")
+    for path in paths:
+        before, start = path.read_bytes(), time.monotonic()
+        execute_lessons(path)
+        changed = "outputs changed" if path.read_bytes() != before else "as before"
+        print(f"{path.name}: {changed}, {time.monotonic() - start:.0f} s", flush=True)
+
 # %% ../nbs/15_launch.ipynb #arguments
 def arguments() -> argparse.ArgumentParser:
     """The parser of `python -m nanochat_nb.launch`."""
@@ -590,7 +690,10 @@ def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
 # %% ../nbs/15_launch.ipynb #main
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. One line of error for what the user can mend."""
-    args = arguments().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["refresh"]:
+        return refresh(given[1:])
+    args = arguments().parse_args(given)
     if args.what in STEPS:                                             # one step, on this rank
         die_with_parent()
         run = run_path(args.run or "laptop")
@@ -614,7 +717,8 @@ def command_line() -> int:
         main()
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr if int(os.environ.get("WORLD_SIZE", 1)) == 1 else sys.stdout, flush=True)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's own words drown standard error
+        print(f"error: {error}\n", end="", file=sys.stderr if ranks == 1 else sys.stdout, flush=True)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes where it stopped.", file=sys.stderr)
