@@ -568,13 +568,13 @@ def held_out(source, limit: int) -> dict[str, list[str]]:
 # %% ../nbs/10_evaluation.ipynb #measure-text
 def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], *, batch_tokens: int,
                  rt: Runtime) -> tuple[dict[str, float], int]:
-    """Bits per byte over all texts (`val_bpb`) and per kind (`bpb/KIND`, up to 12 kinds), and the tokens read."""
+    """Bits per byte over all texts (`document_bpb`) and per kind (`bpb/KIND`, up to 12 kinds), and the tokens read."""
     metrics, bits, size, tokens = {}, 0.0, 0, 0
     for kind, group in texts.items():
         bpb, read = text_bits_per_byte(model, tokenizer, group, batch_tokens=batch_tokens, rt=rt)
         count = sum(len(t.encode("utf-8", "replace")) for t in group)
         metrics[f"bpb/{kind}"], bits, size, tokens = bpb, bits + bpb * count, size + count, tokens + read
-    overall = {"val_bpb": bits / size} if size else {}
+    overall = {"document_bpb": bits / size} if size else {}
     return overall | (metrics if len(metrics) <= 12 else {}), tokens
 
 
@@ -732,7 +732,7 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
     """Write the result, print the scores and, loudly, what was skipped."""
     if rt.is_main:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
-        print(f"held-out text: {result['metrics'].get('val_bpb', math.nan):.4f} bits per byte")
+        print(f"held-out text: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
         for name in ("core", "core_partial", "chatcore", "chatcore_embedded"):
             if result["metrics"].get(name) is not None:
