@@ -62,31 +62,19 @@ install_test_tools() {
     >/dev/null 2>&1 || echo "could not install ${missing[*]}; the tests that need them will skip"
 }
 
-option() {                                   # option --NAME DEFAULT ARGS...: the value after --NAME, or the default
-  local name=$1 value=$2; shift 2
+chat() {
+  local run=laptop rest=()
   while [ $# -gt 0 ]; do
     case $1 in
-      "$name") [ $# -gt 1 ] || fail "$name needs a value"; value=$2 ;;
-      "$name="*) value=${1#*=} ;;
+      --run) [ $# -gt 1 ] || fail "--run needs a name"; run=$2; shift 2 ;;
+      --run=*) run=${1#*=}; shift ;;
+      *) rest+=("$1"); shift ;;
     esac
-    shift
   done
-  echo "$value"
-}
-
-chat() {
-  local run port server
-  run=$(option --run laptop "$@"); port=$(option --port 8866 "$@"); server=$((port + 1))
-  case $run in */*) run=$(cd "$from" && realpath "$run") ;; *) run="$here/runs/$run" ;; esac
-  [ -d "$run/sft" ] || [ -d "$run/base" ] || fail "there is no trained model in runs/$(basename "$run"); run \`bash run_all.sh\` first"
-  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-  (cd "$here" && exec "$bin/python" -m nanochat_nb.server --run "$run" --port "$server") &
-  local model=$!
-  echo "Starting; the page will be at http://localhost:$port"
-  (cd "$here" && NANOCHAT_NB_SERVER="http://127.0.0.1:$server" exec "$bin/voila" nbs/18_chat.ipynb --no-browser \
-    --port="$port" --Voila.port_retries=0 --Voila.ip=127.0.0.1) &
-  wait -n
-  kill -0 "$model" 2>/dev/null || fail "the model server stopped"
+  case $run in */*) run=$(cd "$from" && realpath "$run") ;; *) run=$here/runs/$run ;; esac
+  [ -d "$run/base" ] || fail "there is no trained model in runs/$(basename "$run"); run \`bash run_all.sh\` first, or give --run NAME"
+  cd "$here"
+  exec "$bin/python" -m nanochat_nb.ui --run "$run" ${rest[@]+"${rest[@]}"}
 }
 
 case ${1:-} in -h|--help|help) usage; exit 0 ;; esac
