@@ -25,8 +25,8 @@ STATIC = Path(__file__ if "__file__" in globals() else "../nanochat_nb/ui.py").r
 SERVER = "http://127.0.0.1:8000"
 
 # %% auto #0
-__all__ = ['STATIC', 'SERVER', 'PREVIEW', 'server_address', 'list_models', 'delta_parts', 'ask', 'ChatWidget', 'in_bundles',
-           'preview_page', 'preview', 'voila_command', 'wait_for', 'launch', 'stop_all', 'main']
+__all__ = ['STATIC', 'SERVER', 'PREVIEW', 'LAB_EXTENSIONS', 'server_address', 'list_models', 'delta_parts', 'ask', 'ChatWidget',
+           'in_bundles', 'preview_page', 'preview', 'voila_command', 'wait_for', 'launch', 'stop_all', 'main']
 
 # %% ../nbs/17_ui.ipynb #server-address
 def server_address(server: str | None = None) -> str:
@@ -186,19 +186,26 @@ def preview_page(replies: Sequence[list[dict[str, str]]]) -> str:
 def preview(replies: Sequence[list[dict[str, str]]], *, height: int = 480):
     """`preview_page` in a frame, for a notebook or the book."""
     class Frame:
+        def __repr__(self) -> str:
+            return "a chat page with scripted answers"
+
         def _repr_html_(self) -> str:
             return (f'<iframe title="chat page with scripted answers" height="{height}" width="100%" '
                     f'srcdoc="{html.escape(preview_page(replies))}"></iframe>')
     return Frame()
 
 # %% ../nbs/17_ui.ipynb #voila-command
+LAB_EXTENSIONS = ("anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8")
+
+
 def voila_command(port: int) -> list[str]:
     """The command that serves notebook 18 on this machine only."""
     notebook = STATIC.parent.parent / "nbs" / "18_chat.ipynb"
     return [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
             "--template=nanochat", "--Voila.port_retries=0", "--preheat_kernel=True", "--pool_size=1",
             "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_idle_timeout=600",
-            "--VoilaConfiguration.show_tracebacks=False", "--Voila.log_level=WARN"]
+            *(f"--VoilaConfiguration.extension_allowlist={name}" for name in LAB_EXTENSIONS),
+            "--VoilaConfiguration.show_tracebacks=False", "--Voila.log_level=ERROR"]
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path, *, seconds: float) -> None:
@@ -224,7 +231,8 @@ def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
     model = [sys.executable, "-m", "nanochat_nb.server", "--run", run, "--port", str(port + 1)]
     commands = {"model": model + (["--device", device] if device else []), "page": voila_command(port)}
     processes: dict[str, subprocess.Popen] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda *_: sys.exit(0))        # so that `finally` runs
     try:
         for name, command in commands.items():             # their own session: Ctrl-C reaches them through us
             with open(logs / f"{name}.log", "w") as log:
