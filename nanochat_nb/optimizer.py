@@ -271,7 +271,7 @@ def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
 # %% ../nbs/05_optimizer.ipynb #build-optimizer
 def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02, embedding_lr: float = 0.3,
                     unembedding_lr: float = 0.008, scalar_lr: float = 0.5, smear_lr: float = 0.2,
-                    weight_decay: float = 0.28) -> MuonAdamW:
+                    weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
     The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5. `weight_decay`
@@ -283,19 +283,20 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
         adamw_group(params, ("lm_head.",), unembedding_lr * scale, (0.8, 0.96), 0.01),
         adamw_group(params, ("wte.",), embedding_lr * scale, (0.8, 0.995), 0.001),
         adamw_group(params, ("value_embeds.",), embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
-        adamw_group(params, ("resid_lambdas",), scalar_lr * 0.01, (0.8, 0.95), 0.05),
-        adamw_group(params, ("x0_lambdas",), scalar_lr, (0.96, 0.95), 0.0),
-        adamw_group(params, ("smear_", "backout_"), smear_lr, (0.8, 0.95), 0.0),
+        adamw_group(params, ("resid_lambdas",), scalar_lr * 0.01, (0.8, 0.95), 0.05, scalar_eps),
+        adamw_group(params, ("x0_lambdas",), scalar_lr, (0.96, 0.95), 0.0, scalar_eps),
+        adamw_group(params, ("smear_", "backout_"), smear_lr, (0.8, 0.95), 0.0, scalar_eps),
     ] + muon_groups(params, matrix_lr, weight_decay)
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return MuonAdamW(groups, rt, dtype=model.dtype)
 
 
-def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple, weight_decay: float) -> dict:
+def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple, weight_decay: float,
+                eps: float = 1e-10) -> dict:
     """An AdamW group of the parameters whose names begin with one of `prefixes`."""
     names = [name for name in params if name.startswith(prefixes)]
     return {"kind": "adamw", "names": names, "params": [params[name] for name in names], "lr": lr, "betas": betas,
-            "eps": 1e-10, "weight_decay": weight_decay}
+            "eps": eps, "weight_decay": weight_decay}
 
 
 def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
