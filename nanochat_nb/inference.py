@@ -70,17 +70,18 @@ class BatchCache:
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.previous_embedding = torch.zeros(0, config.n_embd, device=device, dtype=dtype)
         self.lengths: Tensor | None = None
-        self.store = torch.zeros(config.n_layer, 2, 0, 0, config.n_kv_head, config.head_dim, device=device, dtype=dtype)
+        self.store = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens."""
-        have_rows, have_length = self.store.shape[2:4]
+        have_rows, have_length = self.store.size(2), self.store.size(4)
         if rows > have_rows or length > have_length:
             wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
             shape = list(self.store.shape)
-            shape[2:4] = wide(rows, have_rows, self.max_rows), wide(max(length, 64), have_length, max(length, self.max_len))
+            shape[2] = wide(rows, have_rows, self.max_rows)
+            shape[4] = wide(max(length, 64), have_length, max(length, self.max_len))
             old, self.store = self.store, self.store.new_zeros(shape)
-            self.store[:, :, :have_rows, :have_length] = old
+            self.store[:, :, :have_rows, :, :have_length] = old
 
 # %% ../nbs/08_inference.ipynb #rowcache
 class RowCache(BatchCache):
@@ -90,7 +91,7 @@ class RowCache(BatchCache):
         """Append a row that begins with what `snapshot` has read."""
         row, length = len(self.ends), snapshot.store.size(2)
         self._grow(row + 1, length + 1)
-        self.store[:, :, row, :length] = snapshot.store
+        self.store[:, :, row, :, :length] = snapshot.store.transpose(2, 3)
         self.ends.append(length)
         self.positions = torch.cat([self.positions, self.positions.new_tensor([length])])
         self.previous_embedding = torch.cat([self.previous_embedding, snapshot.embedding[None]])
@@ -99,7 +100,7 @@ class RowCache(BatchCache):
         """Free `row`; the last row moves into its place."""
         last = len(self.ends) - 1
         if row != last:
-            self.store[:, :, row, :self.ends[last]] = self.store[:, :, last, :self.ends[last]]
+            self.store[:, :, row, :, :self.ends[last]] = self.store[:, :, last, :, :self.ends[last]]
             for items in (self.ends, self.positions, self.previous_embedding):
                 items[row] = items[last]
         self.ends.pop()
@@ -107,23 +108,24 @@ class RowCache(BatchCache):
 
     def snapshot(self, row: int) -> Snapshot:
         """A copy of `row`, to `enter` again later."""
-        return Snapshot(self.store[:, :, row, :self.ends[row]].clone(), self.previous_embedding[row].clone())
+        kept = self.store[:, :, row, :, :self.ends[row]].transpose(2, 3)
+        return Snapshot(kept.clone(), self.previous_embedding[row].clone())
 
     def begin(self) -> None:
         """Prepare for one token per row."""
         self.end = max(self.ends) + 1
         self._grow(len(self.ends), self.end)
-        rows, width = self.store.shape[2:4]
-        self.flat = self.store.view(self.config.n_layer, 2, rows * width, -1)
-        self.slot = torch.arange(len(self.ends), device=self.store.device) * width + self.positions
+        heads, width, size = self.store.shape[3:]
+        self.flat = self.store.view(self.config.n_layer, 2, -1, size)
+        first = torch.arange(len(self.ends) * heads, device=self.store.device).view(-1, heads) * width
+        self.slot = (first + self.positions[:, None]).flatten()          # of each row's and head's new entry
         self.lengths = torch.ones_like(self.positions)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         """Store one new key and value per row; all of the layer's keys and values, (B, S, heads, channels)."""
-        count = len(self.ends)
         for flat, new in zip(self.flat[layer], (k, v)):
-            flat.index_copy_(0, self.slot, new.reshape(count, -1))
-        keys, values = self.store[layer, :, :count, :self.end]
+            flat.index_copy_(0, self.slot, new.reshape(-1, new.size(-1)))
+        keys, values = self.store[layer, :, :len(self.ends), :, :self.end].transpose(2, 3)
         return keys, values, None
 
     def advance(self) -> None:
