@@ -30,7 +30,7 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['CORE_SIZE', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits_per_byte', 'document_rows', 'padded',
            'by_length', 'text_bits_per_byte', 'standard_error', 'pass_at_k', 'center', 'core_metric', 'CoreTask',
-           'read_core', 'core_rows', 'few_shot', 'core_prompts', 'Question', 'common_prefix', 'core_question',
+           'read_core', 'core_rows', 'few_shot', 'core_prompts', 'Question', 'common_prefix', 'core_question', 'crop',
            'span_scores', 'score_plain', 'score_shared', 'branch', 'halving', 'score_questions', 'right',
            'evaluate_core_task', 'evaluate_core', 'pick_letters', 'write_answers', 'answer_text', 'reference',
            'constant_score', 'ngram_answers', 'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint',
@@ -257,6 +257,14 @@ def core_question(tokenizer: Tokenizer, task: CoreTask, row: dict, examples: Seq
         return Question(options, [len(o) - suffix for o in options], row["gold"])
     return Question(options, [common_prefix(options)] * len(options), row["gold"])
 
+# %% ../nbs/10_evaluation.ipynb #crop
+def crop(question: Question, limit: int) -> Question:
+    """The question with as many leading tokens dropped from every option as it takes to fit `limit` tokens."""
+    drop = min(max(map(len, question.options)) - limit, min(question.starts) - 1)
+    if drop <= 0:
+        return question
+    return Question([o[drop:] for o in question.options], [s - drop for s in question.starts], question.gold)
+
 # %% ../nbs/10_evaluation.ipynb #span-scores
 @torch.no_grad()
 def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]], starts: Sequence[int],
@@ -359,9 +367,13 @@ def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
 
 def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: Sequence[dict], *,
                        batch_tokens: int = 8192, rt: Runtime | None = None) -> tuple[list[bool], int]:
-    """Per row whether it was answered right, and the tokens read. Rows are striped over the ranks of `rt`."""
+    """Per row whether it was answered right, and the tokens read. Rows are striped over the ranks of `rt`.
+
+    A row longer than the model's positions reach (10 × sequence_len) loses its beginning.
+    """
     mine = range(rt.rank, len(rows), rt.world_size) if rt else range(len(rows))
-    questions = [core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)) for i in mine]
+    limit = 10 * model.config.sequence_len
+    questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit) for i in mine]
     scores = score_questions(model, questions, batch_tokens=batch_tokens)
     part = ({i: right(q, s) for i, q, s in zip(mine, questions, scores)}, sum(len(o) for q in questions for o in q.options))
     parts = rt.gather(part) if rt else [part]
@@ -409,7 +421,7 @@ def pick_letters(model: GPT, tokenizer: Tokenizer, rows: Sequence[tuple[list[int
     out: list[str] = [""] * len(rows)
     weight = model.lm_head.weight[:model.config.vocab_size]
     def work(part: Sequence[int]) -> list[str]:
-        prompts = [rows[i][0] for i in part]
+        prompts = [rows[i][0][-10 * model.config.sequence_len:] for i in part]
         hidden = model.hidden(padded(prompts, prompts[0][0]).to(model.device))
         last = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
         logits = head_logits(hidden[torch.arange(len(part), device=model.device), last], weight)
@@ -650,7 +662,7 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, *,
     if rt.is_main:
         write_records(folder, "base", "core", result.pop("records"))
     out["tasks"], out["core"], out["tokens"] = result["tasks"], result, result["tokens"]
-    out["skipped"] |= {f"core: {label}": f"no file {file}" for label, file in result["missing"].items()}
+    out["skipped"] |= {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}
     out["metrics"] |= {"core": result["core"]} if result["core"] is not None else {"core_partial": result["partial"]} if result["tasks"] else {}
     return out
 
