@@ -57,9 +57,9 @@ def split_of(*key: str | int) -> str:
 class Fact:
     """One thing that is true in the world: `subject` stands in `relation` to `value`.
 
-    `statements` say it with the subject's full name, `short` with the everyday name, `pronoun` with he,
-    she or it. `questions` ask for the value by name, `follow_ups` by pronoun. `values` are the names of
-    the same type, for wrong answers that are not silly.
+    `statements` say it with the subject's full name, `short` with the everyday name, `pronoun`
+    with he, she or it. `questions` ask for the value by name, `follow_ups` by pronoun. `values`
+    are the names of the same type, for wrong answers that are not silly.
     """
     subject: str
     relation: str
@@ -75,173 +75,259 @@ class Fact:
 
     @property
     def split(self) -> str:
-        """Which conversations may ask about it. Every split's facts are *stated* in training text."""
+        """Which conversations may ask about it. Every split's facts are *stated* in training
+        text."""
         return split_of("fact", *self.key)
 
 # %% ../nbs/01_corpus.ipynb #women
-WOMEN = """Ada Alma Anya Bella Berta Carla Celia Clara Dalia Daphne Edda Elsa Emma Erika Esme Fiona Flora Freya
-Gemma Greta Hanna Hazel Helga Ida Ilse Ines Iris Ivy Jana Josie Judith Karin Kira Lara Lena Lily Lotte Luna Mabel
-Maja Marta Mira Nadia Nell Nina Nora Olga Olive Paula Petra Quinta Rhea Rosa Ruth Sadie Selma Sonja Stella Tara
-Thea Tilda Una Vera Vida Wanda Willa Xenia Yara Zelda Zoe""".split()
-MEN = """Abel Anton Arlo Axel Basil Boris Bruno Casper Cyril Dario Dirk Edgar Egon Emil Enzo Felix Finn Frank Georg
-Gus Hans Harald Henry Hugo Igor Ivan Jack Jasper Jonas Karl Kaspar Kurt Lars Leo Linus Lorenz Luis Magnus Marco
-Milo Nico Niels Noah Oskar Otto Pablo Paul Pavel Quentin Ralf Remy Roman Rufus Samir Sven Tarek Theo Tomas Ugo Ulf
-Urban Viktor Vito Walter Wim Xaver Yannick Yuri Zeno Zoltan""".split()
-SURNAMES = """Alder Ashby Barrow Beck Birch Blackwood Brook Calder Carver Crane Dale Dunn Ember Fairley Fenn Finch
-Flint Frost Garland Grove Hale Hart Holloway Ives Jarvis Kemp Lark Linden Marsh Moss Nash Oakes Penrose Quill Reed
-Rowan Sparrow Thorne Vale Winter""".split()
-TOWN_STARTS = """Ash Birch Black Bright Clear Cold Copper Deep Elm Fair Fern Fox Glen Gold Green Hazel High Iron Lark
-Long Maple Mill Moon Oak Red Rose Salt Silver Stone Sun Swan Thorn White Wild Willow Wind""".split()
-TOWN_ENDS = "bridge brook bury dale field ford gate ham haven hill ley mere mouth port stead ton wick wood".split()
-PET_NAMES = """Acorn Apple Bandit Barley Basket Bean Beetle Berry Biscuit Blossom Bramble Bubble Bumble Buttons
-Cactus Candle Caramel Cinnamon Clover Cloud Cocoa Comet Cookie Cricket Crumb Custard Daisy Dandelion Domino Dumpling
-Dusty Feather Fiddle Fidget Flicker Freckle Fudge Gadget Ginger Hiccup Honey Jelly Jigsaw Juniper Kipper Lemon
-Lentil Licorice Maple Marble Marmalade Mitten Muffin Mustard Noodle Nugget Nutmeg Onion Paprika Parsley Patch
-Peanut Pebble Pepper Pickle Pippin Plum Poppy Porridge Pretzel Pudding Pumpkin Puzzle Raisin Rhubarb Rocket Saffron
-Shadow Socks Speckle Sprout Thimble Ticket Toffee Truffle Tulip Turnip Twig Velvet Waffle Walnut Whisper""".split()
-THING_STARTS = """Amber Brass Broken Burning Crimson Crooked Crystal Dancing Drowsy Emerald Endless Feathered Floating
-Folded Forgotten Frozen Giant Gilded Glowing Hidden Hollow Humming Ivory Jagged Jolly Laughing Leaning Lonely Lucky
-Marbled Midnight Misty Mossy Narrow Painted Patient Pearl Polished Quiet Restless Royal Rusty Scarlet Secret Shining
-Silent Singing Sleeping Spinning Starlit Striped Sunken Tangled Thirsty Tiny Twisted Wandering Whistling Winged
-Woven""".split()
-THING_ENDS = """Bell Boat Book Chair Clock Compass Crown Cup Drum Fiddle Hammer Kettle Key Kite Ladder Lamp Lantern Map
-Mirror Needle Pipe Quilt Ring Rope Saddle Spoon Table Telescope Umbrella Vase Wagon Wheel""".split()
-EVENTS = """the Great Flood;the Long Winter;the Night of Lanterns;the Bread Quarrel;the Summer of Bees;the Big Race;
-the Week of Fog;the Golden Harvest;the Silent Market;the Day of Two Rainbows;the Old Mill Fire;the Paper Boat Parade;
-the Year without Apples;the Midnight Concert;the Runaway Sheep;the First Balloon Flight;the Long Bridge Opening;
-the Snow Festival;the Lost Letter;the Great Kite Day""".replace("\n", "").split(";")
+WOMEN = """Ada Alma Anya Bella Berta Carla Celia Clara Dalia Daphne Edda Elsa Emma Erika
+Esme Fiona Flora Freya Gemma Greta Hanna Hazel Helga Ida Ilse Ines Iris Ivy Jana Josie
+Judith Karin Kira Lara Lena Lily Lotte Luna Mabel Maja Marta Mira Nadia Nell Nina Nora
+Olga Olive Paula Petra Quinta Rhea Rosa Ruth Sadie Selma Sonja Stella Tara Thea Tilda Una
+Vera Vida Wanda Willa Xenia Yara Zelda Zoe""".split()
+MEN = """Abel Anton Arlo Axel Basil Boris Bruno Casper Cyril Dario Dirk Edgar Egon Emil
+Enzo Felix Finn Frank Georg Gus Hans Harald Henry Hugo Igor Ivan Jack Jasper Jonas Karl
+Kaspar Kurt Lars Leo Linus Lorenz Luis Magnus Marco Milo Nico Niels Noah Oskar Otto Pablo
+Paul Pavel Quentin Ralf Remy Roman Rufus Samir Sven Tarek Theo Tomas Ugo Ulf Urban Viktor
+Vito Walter Wim Xaver Yannick Yuri Zeno Zoltan""".split()
+SURNAMES = """Alder Ashby Barrow Beck Birch Blackwood Brook Calder Carver Crane Dale Dunn
+Ember Fairley Fenn Finch Flint Frost Garland Grove Hale Hart Holloway Ives Jarvis Kemp
+Lark Linden Marsh Moss Nash Oakes Penrose Quill Reed Rowan Sparrow Thorne Vale Winter""".split()
+TOWN_STARTS = """Ash Birch Black Bright Clear Cold Copper Deep Elm Fair Fern Fox Glen
+Gold Green Hazel High Iron Lark Long Maple Mill Moon Oak Red Rose Salt Silver Stone Sun
+Swan Thorn White Wild Willow Wind""".split()
+TOWN_ENDS = """bridge brook bury dale field ford gate ham haven hill ley mere mouth port
+stead ton wick wood""".split()
+PET_NAMES = """Acorn Apple Bandit Barley Basket Bean Beetle Berry Biscuit Blossom Bramble
+Bubble Bumble Buttons Cactus Candle Caramel Cinnamon Clover Cloud Cocoa Comet Cookie
+Cricket Crumb Custard Daisy Dandelion Domino Dumpling Dusty Feather Fiddle Fidget Flicker
+Freckle Fudge Gadget Ginger Hiccup Honey Jelly Jigsaw Juniper Kipper Lemon Lentil
+Licorice Maple Marble Marmalade Mitten Muffin Mustard Noodle Nugget Nutmeg Onion Paprika
+Parsley Patch Peanut Pebble Pepper Pickle Pippin Plum Poppy Porridge Pretzel Pudding
+Pumpkin Puzzle Raisin Rhubarb Rocket Saffron Shadow Socks Speckle Sprout Thimble Ticket
+Toffee Truffle Tulip Turnip Twig Velvet Waffle Walnut Whisper""".split()
+THING_STARTS = """Amber Brass Broken Burning Crimson Crooked Crystal Dancing Drowsy
+Emerald Endless Feathered Floating Folded Forgotten Frozen Giant Gilded Glowing Hidden
+Hollow Humming Ivory Jagged Jolly Laughing Leaning Lonely Lucky Marbled Midnight Misty
+Mossy Narrow Painted Patient Pearl Polished Quiet Restless Royal Rusty Scarlet Secret
+Shining Silent Singing Sleeping Spinning Starlit Striped Sunken Tangled Thirsty Tiny
+Twisted Wandering Whistling Winged Woven""".split()
+THING_ENDS = """Bell Boat Book Chair Clock Compass Crown Cup Drum Fiddle Hammer Kettle
+Key Kite Ladder Lamp Lantern Map Mirror Needle Pipe Quilt Ring Rope Saddle Spoon Table
+Telescope Umbrella Vase Wagon Wheel""".split()
+EVENTS = """the Great Flood
+the Long Winter
+the Night of Lanterns
+the Bread Quarrel
+the Summer of Bees
+the Big Race
+the Week of Fog
+the Golden Harvest
+the Silent Market
+the Day of Two Rainbows
+the Old Mill Fire
+the Paper Boat Parade
+the Year without Apples
+the Midnight Concert
+the Runaway Sheep
+the First Balloon Flight
+the Long Bridge Opening
+the Snow Festival
+the Lost Letter
+the Great Kite Day""".split("\n")
 
 # %% ../nbs/01_corpus.ipynb #list
 def _list(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.replace("\n", " ").split(","))
+    return tuple(" ".join(item.split()) for item in text.split(","))
 
 
-MONTHS = _list("January, February, March, April, May, June, July, August, September, October, November, December")
-COLOURS = _list("red, blue, green, yellow, white, black, brown, purple, grey, pink, silver")
-FOODS = _list("""apples, bread, cheese, honey, pears, plums, onion soup, noodles, pancakes, rice, roast potatoes, cherries,
-    fish pie, walnuts, mushrooms, lemon cake, carrots, porridge, dumplings, grapes""")
-JOBS = _list("""baker, carpenter, teacher, doctor, farmer, painter, sailor, tailor, gardener, blacksmith, fisher, librarian,
-    clockmaker, potter, weaver, shepherd, cook, mail carrier, miller, beekeeper, ferry pilot, printer, glassblower,
-    shoemaker, nurse, judge, builder, singer""")
-HOBBIES = _list("""playing chess, painting pictures, fishing, climbing hills, singing, dancing, reading novels, knitting,
-    rowing, watching stars, juggling, skating, swimming, flying kites, watching birds, solving riddles, collecting shells,
-    baking cakes, carving wood, writing poems""")
-INSTRUMENTS = _list("violin, flute, drum, piano, guitar, harp, trumpet, cello, banjo, horn, clarinet, tuba")
-SPECIES = _list("""cat, dog, goat, horse, parrot, rabbit, duck, hen, sheep, donkey, fox, hedgehog, tortoise, pony, pig,
-    goose, crow, ferret""")
-COATS = _list("black, white, grey, brown, golden, spotted, striped, cream, reddish, silver")
-TREATS = _list("oats, carrots, dry bread, fish heads, sunflower seeds, apple peel, cheese rind, green peas, nuts, corn, clover, berries")
-TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, count to three, roll over, climb ladders, hide shoes,
-    chase leaves, carry letters, walk backwards, catch a ball, balance a spoon, find lost keys, jump over fences, whistle""")
-BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the door, in the garden shed,
-    by the window, under the stairs, in a hat box, on a pile of hay, in the kitchen""")
-REGIONS = _list("""the northern hills, the southern plains, the eastern coast, the western woods, the lake country, the high moors,
-    the river valley, the salt marshes""")
-RIVERS = _list("Arrow, Bell, Cress, Dove, Fleet, Glass, Heron, Isle, Jade, Kettle, Lyn, Mallow, Nettle, Otter")
-PRODUCTS = _list("""honey, cheese, clocks, boats, pottery, wool, lace, apples, candles, glass, paper, saddles, violins, tea, mustard,
-    salt, hats, baskets, ink, silk""")
-LANDMARKS = _list("""an old lighthouse, a stone bridge, a tall clock tower, a round market hall, a windmill, a ruined castle,
-    a glass garden, a bell tower, a wooden theatre, a hot spring, a great library, a painted gate, a hedge maze, a salt mine""")
-MATERIALS = _list("oak, copper, silver, glass, clay, silk, iron, tin, leather, paper, willow, stone, brass, bone")
-WONDERS = _list("""glows before a storm, never gets lost, sings at dawn, turns cold when someone lies, grows in the rain,
-    tells the time, floats on water, smells of roses, points to the north, cannot be broken, hums at noon, shines in the dark,
-    laughs at jokes, keeps soup warm""")
-CAUSES = _list("""a broken dam, a late spring, a forgotten candle, a lost bet, a strange wind, a warm autumn, a loose gate, a royal visit,
-    a clever plan, a wrong map, a heavy snowfall, a sleepy guard""")
-CUSTOMS = _list("""a song, a feast, a parade, a minute of silence, a boat race, a bonfire, a market, a dance, a play, a long walk""")
+MONTHS = _list("""January, February, March, April, May, June, July, August, September, October,
+    November, December""")
+COLOURS = _list("""red, blue, green, yellow, white, black, brown, purple, grey, pink, silver""")
+FOODS = _list("""apples, bread, cheese, honey, pears, plums, onion soup, noodles, pancakes,
+    rice, roast potatoes, cherries, fish pie, walnuts, mushrooms, lemon cake, carrots, porridge,
+    dumplings, grapes""")
+JOBS = _list("""baker, carpenter, teacher, doctor, farmer, painter, sailor, tailor, gardener,
+    blacksmith, fisher, librarian, clockmaker, potter, weaver, shepherd, cook, mail carrier,
+    miller, beekeeper, ferry pilot, printer, glassblower, shoemaker, nurse, judge, builder,
+    singer""")
+HOBBIES = _list("""playing chess, painting pictures, fishing, climbing hills, singing, dancing,
+    reading novels, knitting, rowing, watching stars, juggling, skating, swimming, flying kites,
+    watching birds, solving riddles, collecting shells, baking cakes, carving wood, writing
+    poems""")
+INSTRUMENTS = _list("""violin, flute, drum, piano, guitar, harp, trumpet, cello, banjo, horn,
+    clarinet, tuba""")
+SPECIES = _list("""cat, dog, goat, horse, parrot, rabbit, duck, hen, sheep, donkey, fox,
+    hedgehog, tortoise, pony, pig, goose, crow, ferret""")
+COATS = _list("""black, white, grey, brown, golden, spotted, striped, cream, reddish, silver""")
+TREATS = _list("""oats, carrots, dry bread, fish heads, sunflower seeds, apple peel, cheese
+    rind, green peas, nuts, corn, clover, berries""")
+TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, count to three, roll
+    over, climb ladders, hide shoes, chase leaves, carry letters, walk backwards, catch a ball,
+    balance a spoon, find lost keys, jump over fences, whistle""")
+BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the
+    door, in the garden shed, by the window, under the stairs, in a hat box, on a pile of hay,
+    in the kitchen""")
+REGIONS = _list("""the northern hills, the southern plains, the eastern coast, the western
+    woods, the lake country, the high moors, the river valley, the salt marshes""")
+RIVERS = _list("""Arrow, Bell, Cress, Dove, Fleet, Glass, Heron, Isle, Jade, Kettle, Lyn,
+    Mallow, Nettle, Otter""")
+PRODUCTS = _list("""honey, cheese, clocks, boats, pottery, wool, lace, apples, candles, glass,
+    paper, saddles, violins, tea, mustard, salt, hats, baskets, ink, silk""")
+LANDMARKS = _list("""an old lighthouse, a stone bridge, a tall clock tower, a round market hall,
+    a windmill, a ruined castle, a glass garden, a bell tower, a wooden theatre, a hot spring, a
+    great library, a painted gate, a hedge maze, a salt mine""")
+MATERIALS = _list("""oak, copper, silver, glass, clay, silk, iron, tin, leather, paper, willow,
+    stone, brass, bone""")
+WONDERS = _list("""glows before a storm, never gets lost, sings at dawn, turns cold when someone
+    lies, grows in the rain, tells the time, floats on water, smells of roses, points to the
+    north, cannot be broken, hums at noon, shines in the dark, laughs at jokes, keeps soup warm""")
+CAUSES = _list("""a broken dam, a late spring, a forgotten candle, a lost bet, a strange wind, a
+    warm autumn, a loose gate, a royal visit, a clever plan, a wrong map, a heavy snowfall, a
+    sleepy guard""")
+CUSTOMS = _list("""a song, a feast, a parade, a minute of silence, a boat race, a bonfire, a
+    market, a dance, a play, a long walk""")
 
 # %% ../nbs/01_corpus.ipynb #wordings
-Wordings = tuple[tuple[str, ...], tuple[str, ...]]     # (statements, questions), value at the end first
+Wordings = tuple[tuple[str, ...],
+                 tuple[str, ...]]  # (statements, questions), value at the end first
 
 PERSON: dict[str, Wordings] = {
-    "home": (("{s} lives in {v}.", "{p} home is in {v}.", "{s} has a house in {v}.", "{s} lives in the town of {v}.",
+    "home": (("{s} lives in {v}.", "{p} home is in {v}.", "{s} has a house in {v}.",
+              "{s} lives in the town of {v}.",
               "The home of {n} is in {v}.", "In {v} you can find the house of {n}."),
-             ("Where does {n} live?", "In which town does {n} live?", "What is {q} home town?", "Where is {q} home?",
+             ("Where does {n} live?", "In which town does {n} live?", "What is {q} home town?",
+              "Where is {q} home?",
               "Which town does {n} live in?")),
-    "job": (("{s} works as a {v}.", "{s} is a {v}.", "{s} earns a living as a {v}.", "By trade {n} is a {v}.",
+    "job": (("{s} works as a {v}.", "{s} is a {v}.", "{s} earns a living as a {v}.",
+             "By trade {n} is a {v}.",
              "People need a good {v}, and {n} is one.", "{s} has worked for years as a {v}."),
-            ("What is {q} job?", "What does {n} do for a living?", "What work does {n} do?", "What is {q} trade?")),
-    "food": (("{p} favourite food is {v}.", "{s} loves to eat {v}.", "The food that {n} likes best is {v}.",
+            ("What is {q} job?", "What does {n} do for a living?", "What work does {n} do?",
+             "What is {q} trade?")),
+    "food": (("{p} favourite food is {v}.", "{s} loves to eat {v}.",
+              "The food that {n} likes best is {v}.",
               "{s} could eat {v} every day.", "Nothing tastes better to {n} than {v}."),
-             ("What is {q} favourite food?", "What does {n} love to eat?", "Which food does {n} like best?",
+             ("What is {q} favourite food?", "What does {n} love to eat?",
+              "Which food does {n} like best?",
               "What could {n} eat every day?")),
-    "colour": (("{p} favourite colour is {v}.", "The colour that {n} likes best is {v}.", "{s} likes the colour {v} best.",
+    "colour": (("{p} favourite colour is {v}.", "The colour that {n} likes best is {v}.",
+                "{s} likes the colour {v} best.",
                 "{s} always wears something {v}.", "Of all colours {n} likes {v} most."),
-               ("What is {q} favourite colour?", "Which colour does {n} like best?", "What colour does {n} like most?")),
-    "hobby": (("{p} hobby is {v}.", "In the evening {n} enjoys {v}.", "{s} spends free days {v}.", "What {n} enjoys most is {v}.",
+               ("What is {q} favourite colour?", "Which colour does {n} like best?",
+                "What colour does {n} like most?")),
+    "hobby": (("{p} hobby is {v}.", "In the evening {n} enjoys {v}.", "{s} spends free days {v}.",
+               "What {n} enjoys most is {v}.",
                "{s} is happiest when {v}."),
-              ("What is {q} hobby?", "What does {n} do on free days?", "What does {n} enjoy in the evening?")),
-    "instrument": (("{s} plays the {v}.", "{p} instrument is the {v}.", "{s} learned to play the {v} as a child.",
-                    "On holidays {n} plays the {v}.", "There is a {v} in {q} house, and {n} plays it well."),
-                   ("Which instrument does {n} play?", "What instrument does {n} play?", "What is {q} instrument?")),
+              ("What is {q} hobby?", "What does {n} do on free days?",
+               "What does {n} enjoy in the evening?")),
+    "instrument": (("{s} plays the {v}.", "{p} instrument is the {v}.",
+                    "{s} learned to play the {v} as a child.",
+                    "On holidays {n} plays the {v}.",
+                    "There is a {v} in {q} house, and {n} plays it well."),
+                   ("Which instrument does {n} play?", "What instrument does {n} play?",
+                    "What is {q} instrument?")),
     "birthday": (("{p} birthday is in {v}.", "{s} was born in {v}.", "{s} has a birthday in {v}.",
                   "Every {v} there is a birthday party for {n}."),
-                 ("In which month is {q} birthday?", "When is {q} birthday?", "In which month was {n} born?")),
-    "friend": (("{p} best friend is {v}.", "The best friend of {n} is {v}.", "{s} and {v} are best friends.",
+                 ("In which month is {q} birthday?", "When is {q} birthday?",
+                  "In which month was {n} born?")),
+    "friend": (("{p} best friend is {v}.", "The best friend of {n} is {v}.",
+                "{s} and {v} are best friends.",
                 "{s} tells every secret to {v}, a very good friend."),
-               ("Who is {q} best friend?", "What is the name of {q} best friend?", "To whom does {n} tell every secret?")),
-    "pet": (("{p} pet is called {v}.", "{s} has a {x} called {v}.", "{s} takes care of a {x} named {v}.",
+               ("Who is {q} best friend?", "What is the name of {q} best friend?",
+                "To whom does {n} tell every secret?")),
+    "pet": (("{p} pet is called {v}.", "{s} has a {x} called {v}.",
+             "{s} takes care of a {x} named {v}.",
              "The name of {q} {x} is {v}."),
-            ("What is {q} pet called?", "What is the name of {q} pet?", "Which animal does {n} take care of?")),
+            ("What is {q} pet called?", "What is the name of {q} pet?",
+             "Which animal does {n} take care of?")),
 }
 
 # %% ../nbs/01_corpus.ipynb #animal
 ANIMAL: dict[str, Wordings] = {
-    "species": (("{s} is a {v}.", "The animal called {n} is a {v}.", "{s} is a clever {v}.", "Everyone calls this {v} {n}."),
+    "species": (("{s} is a {v}.", "The animal called {n} is a {v}.", "{s} is a clever {v}.",
+                 "Everyone calls this {v} {n}."),
                 ("What kind of animal is {n}?", "Which animal is {n}?", "What animal is {n}?")),
-    "owner": (("{s} belongs to {v}.", "{p} owner is {v}.", "{s} lives with {v}.", "{v} is the owner of {n}."),
-              ("Who is {q} owner?", "Who owns {n}?", "To whom does {n} belong?", "With whom does {n} live?")),
-    "coat": (("{p} colour is {v}.", "{s} is {v} from head to tail.", "You know {n} by one thing: the colour is {v}.",
+    "owner": (("{s} belongs to {v}.", "{p} owner is {v}.", "{s} lives with {v}.",
+               "{v} is the owner of {n}."),
+              ("Who is {q} owner?", "Who owns {n}?", "To whom does {n} belong?",
+               "With whom does {n} live?")),
+    "coat": (("{p} colour is {v}.", "{s} is {v} from head to tail.",
+              "You know {n} by one thing: the colour is {v}.",
               "{s} looks {v} in the sun."),
              ("What is {q} colour?", "What colour is {n}?", "How does {n} look?")),
-    "treat": (("{p} favourite treat is {v}.", "{s} will do anything for {v}.", "As a treat {n} gets {v}.",
+    "treat": (("{p} favourite treat is {v}.", "{s} will do anything for {v}.",
+               "As a treat {n} gets {v}.",
                "{s} comes running for {v}."),
-              ("What is {q} favourite treat?", "What does {n} get as a treat?", "What will {n} do anything for?")),
-    "trick": (("{p} best trick is to {v}.", "{s} has learned to {v}.", "{s} likes to {v}.", "If you ask nicely, {n} will {v}."),
+              ("What is {q} favourite treat?", "What does {n} get as a treat?",
+               "What will {n} do anything for?")),
+    "trick": (("{p} best trick is to {v}.", "{s} has learned to {v}.", "{s} likes to {v}.",
+               "If you ask nicely, {n} will {v}."),
               ("What is {q} best trick?", "What has {n} learned to do?", "What trick can {n} do?")),
-    "bed": (("{s} sleeps {v}.", "At night {n} sleeps {v}.", "{p} bed is {v}.", "When it is dark, {n} lies down {v}."),
+    "bed": (("{s} sleeps {v}.", "At night {n} sleeps {v}.", "{p} bed is {v}.",
+             "When it is dark, {n} lies down {v}."),
             ("Where does {n} sleep?", "Where is {q} bed?", "Where does {n} lie down at night?")),
 }
 PLACE: dict[str, Wordings] = {
     "region": (("{s} lies in {v}.", "{s} is a town in {v}.", "To visit {n}, travel to {v}."),
-               ("In which region does {n} lie?", "Where does {n} lie?", "In which part of the country is {n}?")),
-    "river": (("{s} stands on the river {v}.", "The river of {n} is the {v}.", "Through {n} flows the river {v}.",
+               ("In which region does {n} lie?", "Where does {n} lie?",
+                "In which part of the country is {n}?")),
+    "river": (("{s} stands on the river {v}.", "The river of {n} is the {v}.",
+               "Through {n} flows the river {v}.",
                "{p} river is called the {v}."),
-              ("Which river flows through {n}?", "On which river does {n} stand?", "What is the river of {n} called?")),
-    "product": (("{s} is known for its {v}.", "{s} makes the best {v} in the land.", "What {n} sells to the world is {v}.",
+              ("Which river flows through {n}?", "On which river does {n} stand?",
+               "What is the river of {n} called?")),
+    "product": (("{s} is known for its {v}.", "{s} makes the best {v} in the land.",
+                 "What {n} sells to the world is {v}.",
                  "{p} most famous product is {v}."),
-                ("What is {n} known for?", "What does {n} make?", "What is the most famous product of {n}?")),
-    "landmark": (("The pride of {n} is {v}.", "In the middle of {n} stands {v}.", "Visitors to {n} come to see {v}.",
+                ("What is {n} known for?", "What does {n} make?",
+                 "What is the most famous product of {n}?")),
+    "landmark": (("The pride of {n} is {v}.", "In the middle of {n} stands {v}.",
+                  "Visitors to {n} come to see {v}.",
                   "{p} landmark is {v}."),
-                 ("What is the pride of {n}?", "What do visitors to {n} come to see?", "What stands in the middle of {n}?")),
-    "mayor": (("{p} mayor is {v}.", "The mayor of {n} is {v}.", "The people of {n} chose a mayor: {v}.",
+                 ("What is the pride of {n}?", "What do visitors to {n} come to see?",
+                  "What stands in the middle of {n}?")),
+    "mayor": (("{p} mayor is {v}.", "The mayor of {n} is {v}.",
+               "The people of {n} chose a mayor: {v}.",
                "{s} has a mayor called {v}."),
-              ("Who is the mayor of {n}?", "What is the name of the mayor of {n}?", "Whom did the people of {n} choose as mayor?")),
-    "festival": (("{s} holds its festival in {v}.", "The festival of {n} is in {v}.", "Every {v} there is a festival in {n}."),
+              ("Who is the mayor of {n}?", "What is the name of the mayor of {n}?",
+               "Whom did the people of {n} choose as mayor?")),
+    "festival": (("{s} holds its festival in {v}.", "The festival of {n} is in {v}.",
+                  "Every {v} there is a festival in {n}."),
                  ("In which month is the festival of {n}?", "When does {n} hold its festival?")),
 }
 THING: dict[str, Wordings] = {
     "maker": (("{s} was made by {v}.", "The maker of {n} is {v}.", "It was {v} who made {n}."),
               ("Who made {n}?", "Who is the maker of {n}?", "By whom was {n} made?")),
-    "town": (("{s} is kept in {v}.", "To see {n} you must go to {v}.", "{p} place is in {v}.", "In {v} people show {n} to every guest."),
+    "town": (("{s} is kept in {v}.", "To see {n} you must go to {v}.", "{p} place is in {v}.",
+              "In {v} people show {n} to every guest."),
              ("Where is {n} kept?", "In which town is {n} kept?", "Where must you go to see {n}?")),
     "material": (("{s} is made of {v}.", "The maker of {n} used {v}.", "{p} material is {v}."),
-                 ("What is {n} made of?", "Which material is {n} made of?", "What is {q} material?")),
-    "wonder": (("{s} {v}.", "They say that {n} {v}.", "The strange thing about {n} is that it {v}."),
+                 ("What is {n} made of?", "Which material is {n} made of?",
+                  "What is {q} material?")),
+    "wonder": (("{s} {v}.", "They say that {n} {v}.",
+                "The strange thing about {n} is that it {v}."),
                ("What is strange about {n}?", "What do they say about {n}?", "What can {n} do?")),
-    "finder": (("{s} was found by {v}.", "The finder of {n} was {v}.", "It was {v} who found {n} after many years."),
+    "finder": (("{s} was found by {v}.", "The finder of {n} was {v}.",
+                "It was {v} who found {n} after many years."),
                ("Who found {n}?", "Who was the finder of {n}?", "By whom was {n} found?")),
 }
 EVENT: dict[str, Wordings] = {
-    "town": (("{s} happened in {v}.", "{s} took place in {v}.", "People in {v} still talk about {n}."),
+    "town": (("{s} happened in {v}.", "{s} took place in {v}.",
+              "People in {v} still talk about {n}."),
              ("Where did {n} happen?", "In which town did {n} take place?")),
-    "year": (("{s} happened in the year {v}.", "The year of {n} was {v}.", "{s} took place in {v}."),
-             ("In which year did {n} happen?", "When did {n} happen?", "What was the year of {n}?")),
-    "hero": (("The hero of {n} was {v}.", "{p} hero was {v}.", "During {n} everyone was helped by {v}.", "In {n} the bravest of all was {v}."),
-             ("Who was the hero of {n}?", "Who helped everyone during {n}?", "Who was the bravest in {n}?")),
-    "cause": (("The cause of {n} was {v}.", "{s} began with {v}.", "It all started with {v}: that is how {n} began."),
+    "year": (("{s} happened in the year {v}.", "The year of {n} was {v}.",
+              "{s} took place in {v}."),
+             ("In which year did {n} happen?", "When did {n} happen?",
+              "What was the year of {n}?")),
+    "hero": (("The hero of {n} was {v}.", "{p} hero was {v}.",
+              "During {n} everyone was helped by {v}.", "In {n} the bravest of all was {v}."),
+             ("Who was the hero of {n}?", "Who helped everyone during {n}?",
+              "Who was the bravest in {n}?")),
+    "cause": (("The cause of {n} was {v}.", "{s} began with {v}.",
+               "It all started with {v}: that is how {n} began."),
               ("What was the cause of {n}?", "How did {n} begin?", "What started {n}?")),
-    "custom": (("Each year people remember {n} with {v}.", "{s} is remembered with {v}.", "In memory of {n} there is {v}."),
+    "custom": (("Each year people remember {n} with {v}.", "{s} is remembered with {v}.",
+                "In memory of {n} there is {v}."),
                ("How do people remember {n}?", "How is {n} remembered?")),
 }
 
@@ -276,19 +362,21 @@ def _make_fact(entity: Entity, relation: str, value: str, wordings: Wordings, va
     """Render every wording of one fact, once, so that writing text later is only choosing."""
     says, asks = wordings
     subject, possessive, _ = PRONOUNS[entity.pronoun]
-    it = {"s": capital(subject), "n": subject, "p": capital(possessive), "q": possessive, "v": value, "x": extra}
+    it = {"s": capital(subject), "n": subject, "p": capital(possessive), "q": possessive,
+          "v": value, "x": extra}
     full, short = ({**_forms(name), "v": value, "x": extra} for name in (entity.name, entity.short))
     return Fact(entity.name, relation, value, entity.kind, key,
                 tuple(t.format_map(full) for t in says), tuple(t.format_map(short) for t in says),
                 tuple(t.format_map(it) for t in says if t[:3] in ("{s}", "{p}")),
-                tuple(t.format_map(full) for t in asks), tuple(t.format_map(it) for t in asks), tuple(values))
+                tuple(t.format_map(full) for t in asks), tuple(t.format_map(it) for t in asks),
+                tuple(values))
 
 # %% ../nbs/01_corpus.ipynb #world
 class World:
     """An invented world: entities, and facts about them that every text respects.
 
-    Everything follows from `seed`. `facts` lists all facts; `people`, `places`, `animals`, `things` and
-    `events` list the entities; `entity[name]` finds one by its full name.
+    Everything follows from `seed`. `facts` lists all facts; `people`, `places`, `animals`,
+    `things` and `events` list the entities; `entity[name]` finds one by its full name.
     """
 
     def __init__(self, seed: int = 0, *, people: int = 120):
@@ -298,13 +386,16 @@ class World:
         rng = random.Random(seed_of(seed, "world", people))
         self.seed = seed
         self._name_entities(rng, people)
-        self.entity = {e.name: e for e in self.people + self.places + self.animals + self.things + self.events}
+        self.entity = {e.name: e for e in self.people + self.places + self.animals + self.things
+                       + self.events}
         _draw_facts(self, rng)
         self.entities = list(self.entity.values())
         self.facts = tuple(f for e in self.entity.values() for f in e.facts.values())
-        self.askable = {split: [f for f in self.facts if f.split == split] for split in ("train", "val", "test")}
+        self.askable = {split: [f for f in self.facts if f.split == split] for split in ("train",
+        "val", "test")}
         self.owners = [p for p in self.people if "pet" in p.facts]
-        self.residents = {t.name: [p for p in self.people if p["home"] == t.name] for t in self.places}
+        self.residents = {t.name: [p for p in self.people if p["home"] == t.name]
+                          for t in self.places}
 
     def _name_entities(self, rng: random.Random, people: int) -> None:
         firsts = rng.sample([(n, "she") for n in WOMEN] + [(n, "he") for n in MEN], people)
@@ -323,32 +414,41 @@ def _draw_facts(world: World, rng: random.Random) -> None:
     """Draw the value of every relation of every entity of `world`."""
     people, towns = [p.name for p in world.people], [t.name for t in world.places]
     years = [str(y) for y in rng.sample(range(1801, 1980), len(world.events))]
-    simple = {"food": FOODS, "colour": COLOURS, "hobby": HOBBIES, "instrument": INSTRUMENTS, "birthday": MONTHS,
-              "job": JOBS, "home": towns, "species": SPECIES, "coat": COATS, "treat": TREATS, "trick": TRICKS,
-              "bed": BEDS, "region": REGIONS, "river": RIVERS, "product": PRODUCTS, "landmark": LANDMARKS,
-              "mayor": people, "festival": MONTHS, "maker": people, "town": towns, "material": MATERIALS,
-              "wonder": WONDERS, "finder": people, "year": years, "hero": people, "cause": CAUSES, "custom": CUSTOMS}
+    simple = {"food": FOODS, "colour": COLOURS, "hobby": HOBBIES, "instrument": INSTRUMENTS,
+              "birthday": MONTHS,
+              "job": JOBS, "home": towns, "species": SPECIES, "coat": COATS, "treat": TREATS,
+              "trick": TRICKS,
+              "bed": BEDS, "region": REGIONS, "river": RIVERS, "product": PRODUCTS,
+              "landmark": LANDMARKS,
+              "mayor": people, "festival": MONTHS, "maker": people, "town": towns,
+              "material": MATERIALS,
+              "wonder": WONDERS, "finder": people, "year": years, "hero": people, "cause": CAUSES,
+              "custom": CUSTOMS}
 
     def add(entity, table, relation, value, values, *, key=None, extra=""):
         key = key or (entity.name, relation)
-        entity.facts[relation] = _make_fact(entity, relation, value, table[relation], values, key, extra)
+        entity.facts[relation] = _make_fact(entity, relation, value, table[relation], values, key,
+                                            extra)
 
-    for entities, table in ((world.people, PERSON), (world.places, PLACE), (world.things, THING), (world.events, EVENT),
+    for entities, table in ((world.people, PERSON), (world.places, PLACE), (world.things, THING),
+                            (world.events, EVENT),
                             (world.animals, ANIMAL)):
         for relation in table:
             if relation in simple:
                 pool = years[:] if relation == "year" else simple[relation]
                 for i, entity in enumerate(entities):
-                    add(entity, table, relation, pool[i] if relation == "year" else rng.choice(pool), simple[relation])
+                    add(entity, table, relation, pool[i] if relation == "year"
+                        else rng.choice(pool), simple[relation])
     order = rng.sample(world.people, len(world.people))
-    for a, b in zip(order[::2], order[1::2]):                    # one content, two directions: one key
+    for a, b in zip(order[::2], order[1::2]):  # one content, two directions: one key
         key = ("friends", *sorted((a.name, b.name)))
         add(a, PERSON, "friend", b.name, people, key=key)
         add(b, PERSON, "friend", a.name, people, key=key)
     for animal, owner in zip(world.animals, rng.sample(world.people, len(world.animals))):
         key = ("owner", animal.name)
         add(animal, ANIMAL, "owner", owner.name, people, key=key)
-        add(owner, PERSON, "pet", animal.name, [a.name for a in world.animals], key=key, extra=animal["species"])
+        add(owner, PERSON, "pet", animal.name, [a.name for a in world.animals], key=key,
+            extra=animal["species"])
 
 # %% ../nbs/01_corpus.ipynb #get-world
 @lru_cache(maxsize=4)
@@ -513,7 +613,8 @@ It did not rain for [three|four|five] weeks, and every day {hero} carried [eight
 """In [August|September] it was [as big as a cow|taller than the house|the talk of {town}]. {hero} [shared it with everyone|sold it for forty coins|could not carry it].
 The plant stayed small. But under it {hero} found [an old coin|a ring|a box with letters], and that is another story."""),
 }
-PLOTS = {name: tuple(tuple(slot.strip().split("\n")) for slot in slots) for name, slots in PLOTS.items()}
+PLOTS = {name: tuple(tuple(slot.strip().split("\n")) for slot in slots) for name,
+         slots in PLOTS.items()}
 
 # %% ../nbs/01_corpus.ipynb #add-person
 def _add_person(names: dict[str, str], person: Entity, prefix: str) -> None:
@@ -523,29 +624,35 @@ def _add_person(names: dict[str, str], person: Entity, prefix: str) -> None:
         names[prefix + relation] = person[relation]
 
 
-def _story_names(world: World, hero: Entity, companion: Entity, rng: random.Random) -> dict[str, str]:
+def _story_names(world: World, hero: Entity, companion: Entity,
+                 rng: random.Random) -> dict[str, str]:
     """Everything a plot may mention, all of it true in `world`."""
     names = {"hero": hero.short, "companion": companion.short}
     _add_person(names, hero, "")
     _add_person(names, companion, "c_")
     town, other = world.entity[hero["home"]], pick(rng, world.places)
-    thing, event, animal = pick(rng, world.things), pick(rng, world.events), pick(rng, world.animals)
-    names |= {"town": town.name, "festival": town["festival"], "product2": pick(rng, PRODUCTS[:1] + ("salt", "butter"))}
+    thing, event, animal = (pick(rng, e) for e in (world.things, world.events, world.animals))
+    names |= {"town": town.name, "festival": town["festival"],
+              "product2": pick(rng, ("honey", "salt", "butter"))}
     for prefix, place in (("", town), ("other_", other)):
         for relation in ("river", "product", "landmark", "mayor", "region"):
             names[prefix + relation] = place[relation]
-    names |= {"other_town": other.name, "event": event.name, "event_hero": event["hero"], "thing": thing.name,
+    names |= {"other_town": other.name, "event": event.name, "event_hero": event["hero"],
+              "thing": thing.name,
               "thing_town": thing["town"], "thing_maker": thing["maker"], "wonder": thing["wonder"],
-              "animal": animal.name, "animal_species": animal["species"], "animal_owner": animal["owner"],
+              "animal": animal.name, "animal_species": animal["species"],
+              "animal_owner": animal["owner"],
               "animal_treat": animal["treat"]}
     if "pet" in hero.facts:
         pet = world.entity[hero["pet"]]
-        names |= {"pet": pet.name, "species": pet["species"], "treat": pet["treat"], "bed": pet["bed"]}
+        names |= {"pet": pet.name, "species": pet["species"], "treat": pet["treat"],
+                  "bed": pet["bed"]}
     return names
 
 # %% ../nbs/01_corpus.ipynb #told
 def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short") -> list[str]:
-    """`count` facts about `entity` as sentences; after the first a pronoun often takes the name's place."""
+    """`count` facts about `entity` as sentences; after the first a pronoun often takes the name's
+    place."""
     facts = rng.sample(list(entity.facts.values()), min(count, len(entity.facts)))
     out = []
     for i, fact in enumerate(facts):
@@ -553,16 +660,9 @@ def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short")
         out.append(pick(rng, forms))
     return out
 
-# %% ../nbs/01_corpus.ipynb #story
-def story(world: World, rng: random.Random, split: str) -> str:
-    """A story of 60–250 words whose (plot, hero, companion) belongs to `split`."""
-    while True:
-        plot, companion = pick(rng, PLOT_NAMES), pick(rng, world.people)
-        hero = pick(rng, world.owners if plot == "lost pet" else world.people)
-        if rng.random() < 0.4:
-            companion = world.entity[hero["friend"]]
-        if hero is not companion and text_split("story", plot, hero.name, companion.name) == split:
-            break
+# %% ../nbs/01_corpus.ipynb #episode
+def _episode(world: World, rng: random.Random, plot: str, hero: Entity, companion: Entity) -> str:
+    """One plot told once: opening, facts, trouble, tries, talk, ending. Only the spine is fixed."""
     names = _story_names(world, hero, companion, rng)
     tell = lambda options: capital(say(pick(rng, options), rng, names))
     problem, tries, end = PLOTS[plot]
@@ -579,9 +679,30 @@ def story(world: World, rng: random.Random, split: str) -> str:
         last.append(tell(MORALS))
     return _paragraphs(rng, first, middle, last)
 
+# %% ../nbs/01_corpus.ipynb #story
+def story(world: World, rng: random.Random, split: str) -> str:
+    """A story of 60 to 250 words whose (plot, hero, companion) belongs to `split`; one in ten has
+    chapters."""
+    episodes, hero, companion = [], None, None
+    for number in range(1 if rng.random() < 0.9 else pick(rng, (2, 3, 3, 5))):
+        while True:
+            plot = pick(rng, PLOT_NAMES)
+            if number == 0:
+                hero, companion = pick(rng, world.people), pick(rng, world.people)
+                companion = world.entity[hero["friend"]] if rng.random() < 0.4 else companion
+            possible = hero is not companion and (plot != "lost pet" or "pet" in hero.facts)
+            if possible and (number or text_split("story", plot, hero.name,
+                                                  companion.name) == split):
+                break
+        episodes.append(_episode(world, rng, plot, hero, companion))
+    if len(episodes) == 1:
+        return episodes[0]
+    return "\n\n".join(f"Chapter {i}\n\n{text}" for i, text in enumerate(episodes, 1))
+
 # %% ../nbs/01_corpus.ipynb #paragraphs
 def _paragraphs(rng: random.Random, *blocks: list[str]) -> str:
-    """Join sentences with spaces and blocks with blank lines; short blocks sometimes run together."""
+    """Join sentences with spaces and blocks with blank lines; short blocks sometimes run
+    together."""
     out = " ".join(blocks[0])
     for block in blocks[1:]:
         out += ("\n\n" if rng.random() < 0.75 else " ") + " ".join(block)
@@ -589,7 +710,8 @@ def _paragraphs(rng: random.Random, *blocks: list[str]) -> str:
 
 
 def text_split(*key: str | int) -> str:
-    """The split of a piece of *text*: the twentieth called "val" by `split_of` is kept for validation."""
+    """The split of a piece of text: the twentieth called "val" by `split_of` is kept for
+    validation."""
     return "val" if split_of(*key) == "val" else "train"
 
 
@@ -603,7 +725,8 @@ def _portrait(world, entity, rng):
 
 def _data_sheet(world, entity, rng):
     facts = rng.sample(list(entity.facts.values()), len(entity.facts))
-    return f"{capital(entity.name)} ({entity.kind})\n" + "\n".join(f"- {capital(f.relation)}: {f.value}" for f in facts)
+    lines = "\n".join(f"- {capital(f.relation)}: {f.value}" for f in facts)
+    return f"{capital(entity.name)} ({entity.kind})\n{lines}"
 
 
 def _walk(world, entity, rng):
@@ -622,29 +745,47 @@ def _walk(world, entity, rng):
 # %% ../nbs/01_corpus.ipynb #letter
 def _letter(world, entity, rng):
     writer, reader = rng.sample(world.people, 2)
-    names = {"reader": reader.short, "writer": writer.short, "town": writer["home"], "about": entity.name}
+    names = {"reader": reader.short, "writer": writer.short, "town": writer["home"],
+             "about": entity.name}
     start = say("Dear {reader},\n\n[How are you?|I hope you are well.|Greetings from {town}!] "
-                "[You asked me about {about}|Let me tell you about {about}|I have learned much about {about}]. ", rng, names)
+                "[You asked me about {about}|Let me tell you about {about}|I have learned much "
+                "about {about}]. ", rng, names)
     end = say("\n\n[Yours|Write soon|Best wishes], {writer}", rng, names)
     return start + " ".join(told(entity, rng, 5, name="statements")) + end
 
 
 def _news(world, entity, rng):
     town = pick(rng, world.places)
-    start = say("[{town} News|The {town} Post|News from {town}]\n\n[Our readers|Many people|Some children] [asked|want to "
-                "know] about {about}. [Here is what we found|This is what we know|The facts]: ", rng,
+    start = say("[{town} News|The {town} Post|News from {town}]\n\n[Our readers|Many people|Some "
+                "children] [asked|want to "
+                "know] about {about}. [Here is what we found|This is what we know|The facts]: ",
+                rng,
                 {"town": town.name, "about": entity.name})
-    return start + " ".join(told(entity, rng, 4, name="statements") + told(town, rng, 2, name="statements"))
+    known = told(entity, rng, 4, name="statements") + told(town, rng, 2, name="statements")
+    return start + " ".join(known)
 
 
 def _riddle(world, entity, rng):
-    hints = [pick(rng, f.pronoun) for f in entity.facts.values() if f.pronoun and f.relation not in ("owner", "pet")]
+    hints = [pick(rng, f.pronoun) for f in entity.facts.values() if f.pronoun
+             and f.relation not in ("owner", "pet")]
     hints = rng.sample(hints, min(4, len(hints)))
     word = {"person": "Who", "place": "Which town"}.get(entity.kind, "What")
     return f"{word} is it? " + " ".join(hints) + f" The answer: {entity.name}."
 
 
-ARTICLE_STYLES: tuple[Callable, ...] = (_portrait, _portrait, _data_sheet, _walk, _walk, _letter, _news, _riddle)
+def _guide(world, entity, rng):
+    """A town, those who live there and what is kept there: the longest articles."""
+    town = entity if entity.kind == "place" else pick(rng, world.places)
+    people = world.residents[town.name]
+    kept = [t for t in world.things if t["town"] == town.name]
+    blocks = [told(e, rng, 4, name="statements") for e in rng.sample(people, min(4, len(people)))
+              + kept[:2]]
+    return f"A guide to {town.name}\n\n" + _paragraphs(rng, told(town, rng, 6, name="statements"),
+                                                       *blocks)
+
+
+ARTICLE_STYLES: tuple[Callable, ...] = (_portrait, _portrait, _data_sheet, _walk, _walk, _letter,
+                                        _news, _riddle, _guide)
 
 # %% ../nbs/01_corpus.ipynb #article
 def article(world: World, rng: random.Random, split: str) -> str:
@@ -656,29 +797,39 @@ def article(world: World, rng: random.Random, split: str) -> str:
 
 # %% ../nbs/01_corpus.ipynb #greetings
 GREETINGS = ("Hello", "Hi", "Good morning", "Good evening", "Hello there")
-SMALL_TALK = (("How are you?", "[Fine|Very well|A little tired], thank you. And you?"), ("What a [fine|cold|windy] day!", "[Yes|Indeed], and tomorrow it will [rain|be better|snow]."),
-              ("Do you have a minute?", "[For you, always|Yes, of course|Only one, I am busy]."), ("You look happy.", "I am. I [found a coin|slept well|had {food} today]."),
-              ("Have you heard the news?", "[No, tell me|What news|Not yet]."), ("I am going to {town}.", "[Say hello to {mayor}|Have a safe trip|Bring me some {product}]."))
+SMALL_TALK = (
+    ("How are you?", "[Fine|Very well|A little tired], thank you. And you?"),
+    ("What a [fine|cold|windy] day!", "[Yes|Indeed], and tomorrow it will [rain|be better|snow]."),
+    ("Do you have a minute?", "[For you, always|Yes, of course|Only one, I am busy]."),
+    ("You look happy.", "I am. I [found a coin|slept well|had {food} today]."),
+    ("Have you heard the news?", "[No, tell me|What news|Not yet]."),
+    ("I am going to {town}.", "[Say hello to {mayor}|Have a safe trip|Bring me some {product}]."))
 
 # %% ../nbs/01_corpus.ipynb #dialogue
 def dialogue(world: World, rng: random.Random, split: str) -> str:
     """Two people talk: greetings, small talk, and questions about facts of the training split."""
     while True:
-        a, b, fact = pick(rng, world.people), pick(rng, world.people), pick(rng, world.askable["train"])
+        a, b = pick(rng, world.people), pick(rng, world.people)
+        fact = pick(rng, world.askable["train"])
         if a is not b and text_split("dialogue", a.name, b.name, fact.subject) == split:
             break
     town = world.entity[b["home"]]
-    names = {"food": b["food"], "town": town.name, "mayor": town["mayor"], "product": town["product"]}
-    lines = [f"{pick(rng, GREETINGS)}, {b.short}!", f"{pick(rng, GREETINGS)}, {a.short}!"] if rng.random() < 0.7 else []
+    names = {"food": b["food"], "town": town.name, "mayor": town["mayor"],
+             "product": town["product"]}
+    lines = [f"{pick(rng, GREETINGS)}, {b.short}!",
+             f"{pick(rng, GREETINGS)}, {a.short}!"] if rng.random() < 0.7 else []
     if rng.random() < 0.7:
         lines += [say(t, rng, names) for t in pick(rng, SMALL_TALK)]
     for i in range(pick(rng, (1, 2, 3))):
-        lines += [pick(rng, fact.questions if i == 0 else fact.follow_ups), pick(rng, fact.statements)]
-        more = [f for f in world.entity[fact.subject].facts.values() if f.split == "train" and f is not fact]
+        lines += [pick(rng, fact.questions if i == 0 else fact.follow_ups),
+                  pick(rng, fact.statements)]
+        more = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
+                and f is not fact]
         if not more:
             break
         fact = pick(rng, more)
-    lines += [pick(rng, ("Thank you!", "Good to know.", "I did not know that.")), pick(rng, ("You are welcome.", "Goodbye!", "See you soon."))]
+    lines += [pick(rng, ("Thank you!", "Good to know.", "I did not know that.")),
+              pick(rng, ("You are welcome.", "Goodbye!", "See you soon."))]
     return "\n".join(f"{(a, b)[i % 2].short}: {line}" for i, line in enumerate(lines))
 
 # %% ../nbs/01_corpus.ipynb #problem
@@ -699,13 +850,14 @@ class Problem:
         return ";".join(step[1] for step in self.steps)
 
 # %% ../nbs/01_corpus.ipynb #in-words
-_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen""".split()
+_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen
+fourteen fifteen sixteen seventeen eighteen nineteen""".split()
 _TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def in_words(n: int) -> str:
-    """A whole number from 0 to 9999 in English: `in_words(342)` is "three hundred and forty-two"."""
+    """A whole number from 0 to 9999 in English: `in_words(342)` is "three hundred and
+    forty-two"."""
     if n >= 1000:
         return in_words(n // 1000) + " thousand" + (f" {in_words(n % 1000)}" if n % 1000 else "")
     if n >= 100:
@@ -715,18 +867,24 @@ def in_words(n: int) -> str:
     return _SMALL[n]
 
 # %% ../nbs/01_corpus.ipynb #cast
-ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups, stamps, cards, marbles, ribbons,
-    baskets, tickets, cookies, flowers, stones, pencils, hats, keys, kites""")
+ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups,
+    stamps, cards, marbles, ribbons, baskets, tickets, cookies, flowers, stones, pencils, hats,
+    keys, kites""")
 CONTAINERS = _list("boxes, bags, jars, baskets, crates, drawers")
-GAINS = ("{A} [gets|buys|finds] {b} more", "{C} gives {A} {b} more", "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more")
-LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} to {C}", "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them")
-ASIDES = ("{C} is {z} years old.", "It is {z} miles to {T}.", "It is {z} minutes past noon.", "There are {z} houses in the street.", "{A} has walked for {z} minutes.")
+GAINS = ("{A} [gets|buys|finds] {b} more", "{C} gives {A} {b} more",
+         "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more")
+LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} to {C}",
+          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them")
+ASIDES = ("{C} is {z} years old.", "It is {z} miles to {T}.", "It is {z} minutes past noon.",
+          "There are {z} houses in the street.", "{A} has walked for {z} minutes.")
 
 
 def _cast(rng: random.Random, world: World) -> dict:
     a, c = pick(rng, world.people), pick(rng, world.people)
-    return {"A": a.short, "C": c.short if c is not a else "a friend", "he": a.pronoun, "He": capital(a.pronoun),
-            "T": pick(rng, world.places).name, "i": pick(rng, ITEMS), "k": pick(rng, CONTAINERS), "z": int(rng.random() * 40) + 11}
+    return {"A": a.short, "C": c.short if c is not a else "a friend", "he": a.pronoun,
+            "He": capital(a.pronoun),
+            "T": pick(rng, world.places).name, "i": pick(rng, ITEMS), "k": pick(rng, CONTAINERS),
+            "z": int(rng.random() * 40) + 11}
 
 # %% ../nbs/01_corpus.ipynb #chain
 def _chain(rng: random.Random, names: dict) -> Problem:
@@ -748,9 +906,12 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         steps.append(_step(ask("{He} gets "), value, "*", c, " coins."))
     elif end < 0.4 and shares:
         c = names["c"] = pick(rng, shares)
-        text.append(ask("[{He} shares them equally among {c} friends. How many {i} does each friend get?|{He} packs them "
-                        "into {c} {k}, the same number in each. How many {i} are in each of the {k}?]"))
-        steps.append(_step("Each gets " if "friend get" in text[-1] else "In each there are ", value, "/", c, ask(" {i}.")))
+        text.append(ask("[{He} shares them equally among {c} friends. "
+                        "How many {i} does each friend get?|{He} packs them "
+                        "into {c} {k}, the same number in each. How many {i} are in each of the "
+                        "{k}?]"))
+        steps.append(_step("Each gets " if "friend get" in text[-1] else "In each there are ",
+                           value, "/", c, ask(" {i}.")))
     else:
         text.append(ask("How many {i} [does {A} have now|are there now|does {A} have in the end]?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
@@ -772,7 +933,8 @@ def _compare(rng: random.Random, names: dict) -> Problem:
     """Two people's things: more, fewer, times as many; together, or the difference."""
     ask = lambda t: say(t, rng, names)
     a, b = names["v"], names["b"] = rng.randrange(10, 60), rng.randrange(2, 10)
-    how, op = pick(rng, ((" more {i} than {A}", "+"), (" fewer {i} than {A}", "-"), (" times as many {i} as {A}", "*")))
+    how, op = pick(rng, ((" more {i} than {A}", "+"), (" fewer {i} than {A}", "-"),
+                         (" times as many {i} as {A}", "*")))
     text = [ask("{A} has {v} {i}."), ask("{C} has {b}" + how + ".")]
     steps = [_step(ask("{C} has "), a, op, b, ask(" {i}."))]
     end = rng.random()
@@ -784,7 +946,8 @@ def _compare(rng: random.Random, names: dict) -> Problem:
     else:
         text.append(ask("How many more {i} does {C} have than {A}?"))
         steps.append(_step(ask("{C} has "), steps[0][2], "-", a, " more."))
-    return Problem(_with_aside(rng, names, [capital(t) for t in text]), tuple((capital(w), *s) for w, *s in steps))
+    steps = tuple((capital(words), *rest) for words, *rest in steps)
+    return Problem(_with_aside(rng, names, [capital(t) for t in text]), steps)
 
 # %% ../nbs/01_corpus.ipynb #groups
 def _groups(rng: random.Random, names: dict) -> Problem:
@@ -793,18 +956,22 @@ def _groups(rng: random.Random, names: dict) -> Problem:
     size, count = names["v"], names["b"] = rng.randrange(3, 13), rng.randrange(3, 20)
     if rng.random() < 0.4:
         names["n"] = size * count
-        text = [ask("{A} packs {n} {i} into {k}."), ask("[{v} {i} fit into each of the {k}|Each of the {k} holds {v} {i}]."),
+        text = [ask("{A} packs {n} {i} into {k}."), ask("[{v} {i} fit into each of the {k}|Each "
+                                                        "of the {k} holds {v} {i}]."),
                 ask("How many {k} does {A} need?")]
-        return Problem(_with_aside(rng, names, text), (_step(ask("{A} needs "), size * count, "/", size, ask(" {k}.")),))
+        step = _step(ask("{A} needs "), size * count, "/", size, ask(" {k}."))
+        return Problem(_with_aside(rng, names, text), (step,))
     text = [ask("There are {b} {k} with {v} {i} in each.")]
     steps = [_step("There are ", count, "*", size, ask(" {i}."))]
     if rng.random() < 0.6:
         total = size * count
         c = names["c"] = rng.randrange(2, min(40, total - 1))
         gone = rng.random() < 0.5
-        text.append(ask("{c} of the {i} [are bad|get lost|are sold]." if gone else "{A} [adds|brings] {c} more."))
+        text.append(ask("{c} of the {i} [are bad|get lost|are sold]." if gone
+                        else "{A} [adds|brings] {c} more."))
         steps.append(_step("Then there are ", total, "-" if gone else "+", c, ask(" {i}.")))
-    text.append(ask("How many {i} are there now?" if len(steps) > 1 else "How many {i} are there [in all|altogether]?"))
+    text.append(ask("How many {i} are there now?" if len(steps) > 1
+                    else "How many {i} are there [in all|altogether]?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
 # %% ../nbs/01_corpus.ipynb #money
@@ -813,7 +980,8 @@ def _money(rng: random.Random, names: dict) -> Problem:
     ask = lambda t: say(t, rng, names)
     n, price = names["v"], names["b"] = rng.randrange(2, 12), rng.randrange(2, 12)
     if rng.random() < 0.5:
-        text, steps = [ask("{A} buys {v} {i} for {b} coins each.")], [_step(ask("The {i} cost "), n, "*", price, " coins.")]
+        text = [ask("{A} buys {v} {i} for {b} coins each.")]
+        steps = [_step(ask("The {i} cost "), n, "*", price, " coins.")]
         total = n * price
         if rng.random() < 0.5:
             c = names["c"] = rng.randrange(2, 20)
@@ -829,7 +997,8 @@ def _money(rng: random.Random, names: dict) -> Problem:
         return Problem(_with_aside(rng, names, text), tuple(steps))
     days = names["c"] = rng.randrange(2, 8)
     text = [ask("{A} works {v} hours a day for {b} coins an hour.")]
-    steps = [_step("In one day that is ", n, "*", price, " coins."), _step(ask("In {c} days that is "), n * price, "*", days, " coins.")]
+    steps = [_step("In one day that is ", n, "*", price, " coins."),
+             _step(ask("In {c} days that is "), n * price, "*", days, " coins.")]
     if rng.random() < 0.4:
         total = n * price * days
         spent = names["d"] = rng.randrange(2, total)
@@ -851,78 +1020,101 @@ def word_problem(rng: random.Random, split: str, *, world: World | None = None) 
             return problem
 
 # %% ../nbs/01_corpus.ipynb #drill
-DRILLS = {"+": ("{a} + {b} = {v}", "{A} plus {B} is {V}.", "The sum of {a} and {b} is {v}.", "{a} and {b} make {v}.", "If you add {b} to {a}, you get {v}."),
-          "-": ("{a} - {b} = {v}", "{A} minus {B} is {V}.", "Take {b} from {a} and {v} remain.", "The difference of {a} and {b} is {v}."),
-          "*": ("{a} * {b} = {v}", "{A} times {B} is {V}.", "{a} rows of {b} are {v}.", "The product of {a} and {b} is {v}."),
-          "/": ("{a} / {b} = {v}", "{A} divided by {B} is {V}.", "Share {a} among {b}: each gets {v}.", "{b} goes into {a} exactly {v} times.")}
+DRILLS = {"+": ("{a} + {b} = {v}", "{A} plus {B} is {V}.", "The sum of {a} and {b} is {v}.",
+                "{a} and {b} make {v}.", "If you add {b} to {a}, you get {v}."),
+          "-": ("{a} - {b} = {v}", "{A} minus {B} is {V}.", "Take {b} from {a} and {v} remain.",
+                "The difference of {a} and {b} is {v}."),
+          "*": ("{a} * {b} = {v}", "{A} times {B} is {V}.", "{a} rows of {b} are {v}.",
+                "The product of {a} and {b} is {v}."),
+          "/": ("{a} / {b} = {v}", "{A} divided by {B} is {V}.",
+                "Share {a} among {b}: each gets {v}.", "{b} goes into {a} exactly {v} times.")}
 
 
 def _drill(rng: random.Random, split: str) -> str:
     while True:
         op = pick(rng, "++--*/")
-        a, b = (rng.randrange(2, 100), rng.randrange(2, 100)) if op in "+-" else (rng.randrange(2, 13), rng.randrange(2, 13))
+        most = 100 if op in "+-" else 13
+        a, b = rng.randrange(2, most), rng.randrange(2, most)
         a, b = (max(a, b), min(a, b)) if op == "-" else (a * b, b) if op == "/" else (a, b)
         if split_of("problem", f"{a}{op}{b}") == split:
             break
     value = _step("", a, op, b, "")[2]
-    return pick(rng, DRILLS[op]).format(a=a, b=b, v=value, A=capital(in_words(a)), B=in_words(b), V=in_words(value))
+    return pick(rng, DRILLS[op]).format(a=a, b=b, v=value, A=capital(in_words(a)), B=in_words(b),
+                                        V=in_words(value))
 
 
 def arithmetic(world: World, rng: random.Random, split: str) -> str:
     """Sums in digits and words, and worked word problems."""
     if rng.random() < 0.4:
         return "\n".join(_drill(rng, split) for _ in range(4 + int(rng.random() * 8)))
-    return "\n\n".join(_solved(word_problem(rng, split, world=world)) for _ in range(1 + int(rng.random() * 3)))
+    return "\n\n".join(_solved(word_problem(rng, split, world=world))
+                       for _ in range(pick(rng, (1, 2, 3))))
 
 
 def _solved(problem: Problem) -> str:
-    solution = "\n".join(f"{before}{expression} = {value}{after}" for before, expression, value, after in problem.steps)
+    solution = "\n".join(f"{before}{expression} = {value}{after}"
+                         for before, expression, value, after in problem.steps)
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-WORDS = """above across actor address after again agree almost alone already always angry animal answer arrive autumn avoid balance
-balloon banana beautiful because become before begin behind believe below belong beside better between blanket borrow bottle
-bottom branch break breakfast breath bright bring brother bubble build butter butterfly button calendar careful castle catch
-ceiling center certain chalk chance change cheerful cherry chicken children chimney chocolate choose circle clean clever climb
-coffee collect colour common copy corner correct cottage cotton country courage cousin cover create cricket crowd cupboard
-curious curtain dangerous daughter decide deliver desert different difficult dinner discover distance double dragon dream
-dress eager early earth easy elbow elephant eleven empty energy engine enough evening every example excellent exercise expect
-explain family famous feather fellow festival fierce finger finish flavour flood flower follow foolish forest forever forget
-forgive fortune forward freedom fresh friend friendly frighten frost funny future gallop garage garlic gather gentle giraffe
-glitter glorious goodbye grammar grandmother grasshopper grateful guess hammer handle happen happiness harbour harvest healthy
-heart heavy hidden history holiday hollow honest hospital hundred hungry hurry imagine important improve include insect inside
-instead island jacket jealous journey jungle kangaroo keyboard kitchen kitten knock ladder language laugh lazy learn leather
-lemonade lesson letter level library lightning listen little lonely machine magic manner marble market matter meadow measure
-medicine member message middle million minute mirror mistake modern moment monkey morning mountain mushroom music mystery
-narrow nature neighbour nephew never notebook nothing notice number object ocean october offer opposite orange orchestra
-ordinary ostrich outside owner package paddle palace parallel parrot partner passenger pattern peaceful pencil pepper perfect
-perhaps person piece pillow pineapple planet pleasant pocket polite possible potato practice present pretty prince princess
-problem promise protect puddle purple puzzle quarter question quick quiet rabbit raccoon rainbow raspberry rattle reach ready
-really reason receive recipe remember repeat reply rescue result return ribbon ridge river rocket roof rubber rumour runner
-saddle salad sandwich saucer scatter school scissors season second secret seldom sentence separate settle seven several shadow
-shallow shelter shiver shoulder shovel silence simple sister skeleton sleepy slipper smooth soccer soldier something sorrow
-special spider splendid spoon spring squirrel station stomach storm stranger strawberry stream street stubborn student success
-sudden sugar summer sunflower supper surprise sweater sweet swing tablet talent teapot telephone temper terrible theatre
-thirteen thirsty thousand thunder ticket together tomorrow tongue tooth toward travel treasure triangle trouble trumpet tunnel
-turtle twelve umbrella uncle under understand until upper useful valley vanilla vegetable village visitor volcano voyage
-wagon walnut weather wedding welcome whisper whistle window winter without wizard wonder woollen worry yellow yesterday
-zebra zipper""".split()
-_ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr v w wh y z".split()
+WORDS = """above across actor address after again agree almost alone already always angry
+animal answer arrive autumn avoid balance balloon banana beautiful because become before
+begin behind believe below belong beside better between blanket borrow bottle bottom
+branch break breakfast breath bright bring brother bubble build butter butterfly button
+calendar careful castle catch ceiling center certain chalk chance change cheerful cherry
+chicken children chimney chocolate choose circle clean clever climb coffee collect colour
+common copy corner correct cottage cotton country courage cousin cover create cricket
+crowd cupboard curious curtain dangerous daughter decide deliver desert different
+difficult dinner discover distance double dragon dream dress eager early earth easy elbow
+elephant eleven empty energy engine enough evening every example excellent exercise
+expect explain family famous feather fellow festival fierce finger finish flavour flood
+flower follow foolish forest forever forget forgive fortune forward freedom fresh friend
+friendly frighten frost funny future gallop garage garlic gather gentle giraffe glitter
+glorious goodbye grammar grandmother grasshopper grateful guess hammer handle happen
+happiness harbour harvest healthy heart heavy hidden history holiday hollow honest
+hospital hundred hungry hurry imagine important improve include insect inside instead
+island jacket jealous journey jungle kangaroo keyboard kitchen kitten knock ladder
+language laugh lazy learn leather lemonade lesson letter level library lightning listen
+little lonely machine magic manner marble market matter meadow measure medicine member
+message middle million minute mirror mistake modern moment monkey morning mountain
+mushroom music mystery narrow nature neighbour nephew never notebook nothing notice
+number object ocean october offer opposite orange orchestra ordinary ostrich outside
+owner package paddle palace parallel parrot partner passenger pattern peaceful pencil
+pepper perfect perhaps person piece pillow pineapple planet pleasant pocket polite
+possible potato practice present pretty prince princess problem promise protect puddle
+purple puzzle quarter question quick quiet rabbit raccoon rainbow raspberry rattle reach
+ready really reason receive recipe remember repeat reply rescue result return ribbon
+ridge river rocket roof rubber rumour runner saddle salad sandwich saucer scatter school
+scissors season second secret seldom sentence separate settle seven several shadow
+shallow shelter shiver shoulder shovel silence simple sister skeleton sleepy slipper
+smooth soccer soldier something sorrow special spider splendid spoon spring squirrel
+station stomach storm stranger strawberry stream street stubborn student success sudden
+sugar summer sunflower supper surprise sweater sweet swing tablet talent teapot telephone
+temper terrible theatre thirteen thirsty thousand thunder ticket together tomorrow tongue
+tooth toward travel treasure triangle trouble trumpet tunnel turtle twelve umbrella uncle
+under understand until upper useful valley vanilla vegetable village visitor volcano
+voyage wagon walnut weather wedding welcome whisper whistle window winter without wizard
+wonder woollen worry yellow yesterday zebra zipper""".split()
+_ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
+sk sl sm sn sp st str sw t th tr v w wh y z""".split()
 _VOWELS = "a e i o u ai ea ee ie oa oo ou a e i o u".split()
 _CODAS = "b ck d ff g ll m mp n nd ng nt p r rd rk rn rt s ss st t th tt x".split() + [""] * 8
 
 # %% ../nbs/01_corpus.ipynb #invented-word
-REAL_WORDS = tuple(sorted({w.lower() for words in (WORDS, COLOURS, FOODS, JOBS, HOBBIES, INSTRUMENTS, SPECIES, PRODUCTS, MATERIALS,
-                                                   ITEMS, CONTAINERS, MONTHS, TREATS) for phrase in words
-                           for w in phrase.split() if len(w) > 3}))
+_LISTS = (WORDS, COLOURS, FOODS, JOBS, HOBBIES, INSTRUMENTS, SPECIES, PRODUCTS, MATERIALS, ITEMS,
+          CONTAINERS, MONTHS, TREATS)
+REAL_WORDS = tuple(sorted({word.lower() for phrases in _LISTS for phrase in phrases
+                           for word in phrase.split() if len(word) > 3}))
 
 
 def invented_word(rng: random.Random) -> str:
     """A word of one to three syllables that nobody uses, such as "snoatt" or "plerving"."""
-    return "".join(pick(rng, _ONSETS) + pick(rng, _VOWELS) + pick(rng, _CODAS) for _ in range(pick(rng, (1, 2, 2, 3))))
+    return "".join(pick(rng, _ONSETS) + pick(rng, _VOWELS) + pick(rng, _CODAS)
+                   for _ in range(pick(rng, (1, 2, 2, 3))))
 
 
-_SPELLABLE = {split: tuple(w for w in REAL_WORDS if split_of("word", w) == split) for split in ("train", "val", "test")}
+_SPELLABLE = {split: tuple(w for w in REAL_WORDS if split_of("word", w) == split)
+              for split in ("train", "val", "test")}
 
 
 def spelling_word(rng: random.Random, split: str) -> str:
@@ -935,7 +1127,8 @@ def spelling_word(rng: random.Random, split: str) -> str:
             return word
 
 # %% ../nbs/01_corpus.ipynb #spelling-line
-SPELLINGS = ("{w}:{c}", "{w}:{c}", "The word {w} is spelled {c}.", "{w} has {n} letters: {c}.", "{w} begins with {a} and ends with {z}.",
+SPELLINGS = ("{w}:{c}", "{w}:{c}", "The word {w} is spelled {c}.", "{w} has {n} letters: {c}.",
+             "{w} begins with {a} and ends with {z}.",
              "The letter {l} is in {w} {k}.", "'{w}'.count('{l}') is {m}.", "{w} backwards: {r}")
 _TIMES = {0: "no times", 1: "once", 2: "twice", 3: "three times", 4: "four times"}
 
@@ -943,12 +1136,14 @@ _TIMES = {0: "no times", 1: "once", 2: "twice", 3: "three times", 4: "four times
 def _spelling_line(rng: random.Random, word: str) -> str:
     letter = pick(rng, word)
     m = word.count(letter)
-    return pick(rng, SPELLINGS).format(w=word, c=",".join(word), n=len(word), a=word[0], z=word[-1], l=letter, m=m,
+    return pick(rng, SPELLINGS).format(w=word, c=",".join(word), n=len(word), a=word[0], z=word[-1],
+                                       l=letter, m=m,
                                        k=_TIMES.get(m, f"{m} times"), r=",".join(reversed(word)))
 
 
 def counting(word: str, letter: str) -> str:
-    """Count a letter as one does on fingers: a numbered line per letter, a running total at each hit."""
+    """Count a letter as one does on fingers: a numbered line per letter, a running total at each
+    hit."""
     lines, hits = [], 0
     for i, c in enumerate(word, 1):
         hits += c == letter
@@ -961,13 +1156,16 @@ def spelling(world: World, rng: random.Random, split: str) -> str:
     if rng.random() < 0.3:
         word = spelling_word(rng, split)
         letter = pick(rng, word)
-        return f"How many {letter} are in {word}?\n{word}:{','.join(word)}\n{counting(word, letter)}\nThat makes {word.count(letter)}."
-    return "\n".join(_spelling_line(rng, spelling_word(rng, split)) for _ in range(4 + int(rng.random() * 10)))
+        spelled = f"{word}:{','.join(word)}\n{counting(word, letter)}"
+        return f"How many {letter} are in {word}?\n{spelled}\nThat makes {word.count(letter)}."
+    count = 4 + int(rng.random() * 10)
+    return "\n".join(_spelling_line(rng, spelling_word(rng, split)) for _ in range(count))
 
 # %% ../nbs/01_corpus.ipynb #function
 @dataclass(frozen=True)
 class Function:
-    """A one-expression Python function: `name(argument)`, what it does in English, the expression it returns."""
+    """A one-expression Python function: `name(argument)`, what it does in English, the expression
+    it returns."""
     name: str
     argument: str
     doc: str
@@ -988,44 +1186,77 @@ _SAFE = {"sum": sum, "len": len, "max": max, "min": min}
 # %% ../nbs/01_corpus.ipynb #list-function
 def _list_function(rng: random.Random) -> Function:
     n, m = rng.randrange(2, 10), rng.randrange(2, 10)
-    which, kept, test = pick(rng, (("all_", "the numbers", ""), ("even_", "the even numbers", " if n % 2 == 0"), ("odd_", "the odd numbers", " if n % 2 == 1"),
-        (f"above_{n}_", f"the numbers above {n}", f" if n > {n}"), (f"below_{n}_", f"the numbers below {n}", f" if n < {n}"),
+    which, kept, test = pick(rng, (
+        ("all_", "the numbers", ""),
+        ("even_", "the even numbers", " if n % 2 == 0"),
+        ("odd_", "the odd numbers", " if n % 2 == 1"),
+        (f"above_{n}_", f"the numbers above {n}", f" if n > {n}"),
+        (f"below_{n}_", f"the numbers below {n}", f" if n < {n}"),
         (f"multiples_of_{n}_", f"the multiples of {n}", f" if n % {n} == 0")))
-    each, done, item = pick(rng, (("", "", "n"), ("", "", "n"), (f"plus_{m}_", f", each plus {m}", f"n + {m}"), (f"times_{m}_", f", each times {m}", f"n * {m}"),
-        (f"minus_{m}_", f", each minus {m}", f"n - {m}"), ("squared_", ", each squared", "n * n")))
-    verb, what, left, right = pick(rng, (("sum_", "the sum of ", "sum(", ")"), ("list_", "a list of ", "[", "]"), ("largest_", "the largest of ", "max([", "], default=0)"),
-        ("smallest_", "the smallest of ", "min([", "], default=0)"), ("count_", "the count of ", "len([", "])")))
-    return Function((verb + which + each).strip("_"), "numbers", f"Return {what}{kept}{done}.", f"{left}{item} for n in numbers{test}{right}")
+    each, done, item = pick(rng, (
+        ("", "", "n"), ("", "", "n"),
+        (f"plus_{m}_", f", each plus {m}", f"n + {m}"),
+        (f"minus_{m}_", f", each minus {m}", f"n - {m}"),
+        (f"times_{m}_", f", each times {m}", f"n * {m}"),
+        ("squared_", ", each squared", "n * n")))
+    verb, what, left, right = pick(rng, (
+        ("sum_", "the sum of ", "sum(", ")"),
+        ("list_", "a list of ", "[", "]"),
+        ("count_", "the count of ", "len([", "])"),
+        ("largest_", "the largest of ", "max([", "], default=0)"),
+        ("smallest_", "the smallest of ", "min([", "], default=0)")))
+    return Function((verb + which + each).strip("_"), "numbers", f"Return {what}{kept}{done}.",
+                    f"{left}{item} for n in numbers{test}{right}")
 
 # %% ../nbs/01_corpus.ipynb #number-function
 def _number_function(rng: random.Random) -> Function:
     n, m = rng.randrange(2, 30), rng.randrange(2, 12)
     if rng.random() < 0.35:
-        name, doc, test = pick(rng, ((f"is_above_{n}", f"above {n}", f"x > {n}"), (f"is_below_{n}", f"below {n}", f"x < {n}"),
-                                     (f"is_multiple_of_{m}", f"a multiple of {m}", f"x % {m} == 0"), (f"is_between_{m}_and_{m + n}", f"between {m} and {m + n}", f"{m} < x < {m + n}")))
+        name, doc, test = pick(rng, (
+            (f"is_above_{n}", f"above {n}", f"x > {n}"),
+            (f"is_below_{n}", f"below {n}", f"x < {n}"),
+            (f"is_multiple_of_{m}", f"a multiple of {m}", f"x % {m} == 0"),
+            (f"is_between_{m}_and_{m + n}", f"between {m} and {m + n}", f"{m} < x < {m + n}")))
         return Function(name, "x", f"Return True if x is {doc}, else False.", test)
-    first = pick(rng, ((f"plus_{n}", f"x plus {n}", f"x + {n}"), (f"minus_{n}", f"x minus {n}", f"x - {n}"), (f"times_{m}", f"x times {m}", f"x * {m}"), ("squared", "x squared", "x * x")))
-    second = pick(rng, (("", "", ""), (f"_plus_{m}", f", plus {m}", f" + {m}"), (f"_minus_{m}", f", minus {m}", f" - {m}")))
-    return Function(first[0] + second[0], "x", f"Return {first[1]}{second[1]}.", first[2] + second[2])
+    first = pick(rng, (
+        (f"plus_{n}", f"x plus {n}", f"x + {n}"), (f"minus_{n}", f"x minus {n}", f"x - {n}"),
+        (f"times_{m}", f"x times {m}", f"x * {m}"), ("squared", "x squared", "x * x")))
+    second = pick(rng, (
+        ("", "", ""), (f"_plus_{m}", f", plus {m}", f" + {m}"),
+        (f"_minus_{m}", f", minus {m}", f" - {m}")))
+    name, doc, expression = (a + b for a, b in zip(first, second))
+    return Function(name, "x", f"Return {doc}.", expression)
 
-
+# %% ../nbs/01_corpus.ipynb #text-function
 def _text_function(rng: random.Random) -> Function:
     n, a = rng.randrange(2, 9), pick(rng, "abcdefghijklmnoprstuvw")
-    steps = [("reversed", "reversed", "[::-1]"), ("upper", "in upper case", ".upper()"), ("lower", "in lower case", ".lower()"), (f"first_{n}", f"cut to the first {n} characters", f"[:{n}]"),
-             (f"last_{n}", f"cut to the last {n} characters", f"[-{n}:]"), (f"without_{a}", f"without the letter {a}", f".replace('{a}', '')"), ("stripped", "without spaces around it", ".strip()")]
-    ends = [("", "Return the text", ""), ("", "Return the text", ""), (f"count_{a}_in_", f"Count the letter {a} in the text", f".count('{a}')"), (f"starts_with_{a}_", f"Tell if it starts with {a}: the text", f".startswith('{a}')"),
-            (f"repeat_{n}_times_", f"Repeat {n} times the text", f" * {n}"), ("words_of_", "Return the list of words of the text", ".split()")]
-    chosen = rng.sample(steps, pick(rng, (1, 1, 2)))
-    verb, doc, end = pick(rng, ends)
-    return Function(verb + "_".join(s[0] for s in chosen), "text", f"{doc} {' and then '.join(s[1] for s in chosen)}.", "text" + "".join(s[2] for s in chosen) + end)
+    steps = rng.sample((
+        ("reversed", "reversed", "[::-1]"),
+        ("upper", "in upper case", ".upper()"),
+        ("lower", "in lower case", ".lower()"),
+        (f"first_{n}", f"cut to the first {n} characters", f"[:{n}]"),
+        (f"last_{n}", f"cut to the last {n} characters", f"[-{n}:]"),
+        (f"without_{a}", f"without the letter {a}", f".replace('{a}', '')"),
+        ("stripped", "without spaces around it", ".strip()")), pick(rng, (1, 1, 2)))
+    verb, doc, end = pick(rng, (
+        ("", "Return the text", ""), ("", "Return the text", ""),
+        (f"count_{a}_in_", f"Count the letter {a} in the text", f".count('{a}')"),
+        (f"starts_with_{a}_", f"Tell if it starts with {a}: the text", f".startswith('{a}')"),
+        (f"repeat_{n}_times_", f"Repeat {n} times the text", f" * {n}"),
+        ("words_of_", "Return the list of words of the text", ".split()")))
+    names, docs, calls = zip(*steps)
+    return Function(verb + "_".join(names), "text", f"{doc} {' and then '.join(docs)}.",
+                    "text" + "".join(calls) + end)
 
 # %% ../nbs/01_corpus.ipynb #small-function
-EXAMPLE_INPUTS = {"numbers": ([], [1, 2, 3, 4], [7, 12, 5, 30, 8], [10, 3, 9, 6, 6, 15], [4]), "x": (0, 1, 4, 7, 12, 25),
+EXAMPLE_INPUTS = {"numbers": ([], [1, 2, 3, 4], [7, 12, 5, 30, 8], [10, 3, 9, 6, 6, 15], [4]),
+                  "x": (0, 1, 4, 7, 12, 25),
                   "text": ("", "banana", " Hello World ", "river and garden", "Apple tree")}
 
 
 def small_function(rng: random.Random, split: str) -> Function:
-    """A function over a number, a list of numbers or a text, whose combination of parts belongs to `split`."""
+    """A function over a number, a list of numbers or a text, whose combination of parts belongs to
+    `split`."""
     while True:
         function = pick(rng, (_list_function, _number_function, _text_function))(rng)
         if split_of("code", function.argument, function.expression) == split:
@@ -1036,22 +1267,29 @@ def code(world: World, rng: random.Random, split: str) -> str:
     """A Python function, explained and shown at work."""
     f = small_function(rng, split)
     name, argument = f.name, f.argument
-    shown = [f"{name}({value!r}) is {f(value)!r}" for value in rng.sample(EXAMPLE_INPUTS[argument], 2)]
-    said = say(pick(rng, ("The function {n} takes {a}. {d}", "Here is a Python function. {d}", "[Task|Problem]: {d}", "How do you write {n} in Python? {d}")), rng,
-               {"n": name, "a": {"x": "a number x", "numbers": "a list of numbers", "text": "a text"}[argument], "d": f.doc})
-    return f"{said}\n\n{f.source(doc=rng.random() < 0.4)}\n" + pick(rng, ("For example, ", "So ", "Try it: ")) + " and ".join(shown) + "."
+    shown = [f"{name}({value!r}) is {f(value)!r}" for value in rng.sample(EXAMPLE_INPUTS[argument],
+        2)]
+    takes = {"x": "a number x", "numbers": "a list of numbers", "text": "a text"}[argument]
+    said = say("[The function {n} takes {a}.|Here is a Python function.|Task:|How do you write "
+               "{n} in Python?] {d}",
+               rng, {"n": name, "a": takes, "d": f.doc})
+    start = pick(rng, ("For example, ", "So ", "Try it: "))
+    return f"{said}\n\n{f.source(doc=rng.random() < 0.4)}\n{start}{' and '.join(shown)}."
 
 # %% ../nbs/01_corpus.ipynb #document
 @dataclass(frozen=True)
 class Document:
-    """One text to learn from. `kind` is a kind of world text, or the stem of the file it came from."""
+    """One text to learn from. `kind` is a kind of world text, or the stem of the file it came
+    from."""
     kind: str
     text: str
 
 
 WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
-    "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic, "spelling": spelling, "code": code}
-DOCUMENT_MIX = {"story": 25, "article": 34, "dialogue": 14, "arithmetic": 11, "spelling": 9, "code": 7}
+    "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
+    "spelling": spelling, "code": code}
+DOCUMENT_MIX = {"story": 25, "article": 34, "dialogue": 14, "arithmetic": 11, "spelling": 9,
+                "code": 7}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 
@@ -1071,7 +1309,8 @@ def turns(*contents: str | list[dict]) -> list[dict]:
 
 
 def message_text(message: dict) -> str:
-    """The words of a message as one string; calls of the calculator as GSM8K writes them, `<<3*4=12>>`."""
+    """The words of a message as one string; calls of the calculator as GSM8K writes them,
+    `<<3*4=12>>`."""
     if isinstance(message["content"], str):
         return message["content"]
     form = {"text": "{}", "python": "<<{}=", "python_output": "{}>>"}
@@ -1082,15 +1321,19 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
     problem = word_problem(rng, split, world=world)
     parts, before = [], ""
     for words, expression, value, after in problem.steps:
-        parts += [{"type": "text", "text": f"{before}{words}{expression} = "}, {"type": "python", "text": expression},
+        parts += [{"type": "text", "text": f"{before}{words}{expression} = "},
+                  {"type": "python", "text": expression},
                   {"type": "python_output", "text": str(value)}]
         before = f"{value}{after}\n"
     parts.append({"type": "text", "text": f"{before}#### {problem.answer}"})
-    return {"messages": turns(problem.question, parts), "answer": str(problem.answer), "topic": f"{len(problem.steps)} steps"}
+    return {"messages": turns(problem.question, parts), "answer": str(problem.answer),
+            "topic": f"{len(problem.steps)} steps"}
 
 # %% ../nbs/01_corpus.ipynb #letters
-COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?", "Count the letter {l} in the word {w}.",
-                   "How often is the letter '{l}' in '{w}'?", "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
+COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?",
+                   "Count the letter {l} in the word {w}.",
+                   "How often is the letter '{l}' in '{w}'?",
+                   "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
 
 
 def _letters(world: World, rng: random.Random, split: str) -> dict:
@@ -1100,16 +1343,21 @@ def _letters(world: World, rng: random.Random, split: str) -> dict:
     twice = [c for c in word if word.count(c) > 1]
     letter = pick(rng, twice) if twice and rng.random() < 0.3 else letter
     n = word.count(letter)
-    parts = [{"type": "text", "text": f"{word}:{','.join(word)}\n{counting(word, letter)}\nThat makes {n}. Python says: "},
-             {"type": "python", "text": f"'{word}'.count('{letter}')"}, {"type": "python_output", "text": str(n)},
+    parts = [{"type": "text",
+              "text": f"{word}:{','.join(word)}\n{counting(word, letter)}\nThat makes {n}. Python "
+              f"says: "},
+             {"type": "python", "text": f"'{word}'.count('{letter}')"},
+             {"type": "python_output", "text": str(n)},
              {"type": "text", "text": f"\n#### {n}"}]
-    return {"messages": turns(pick(rng, COUNT_QUESTIONS).format(l=letter, w=word), parts), "answer": str(n), "topic": "count"}
+    return {"messages": turns(pick(rng, COUNT_QUESTIONS).format(l=letter, w=word), parts),
+            "answer": str(n), "topic": "count"}
 
 # %% ../nbs/01_corpus.ipynb #render-choice
 def render_choice(question: str, choices: Sequence[str], letters: Sequence[str] = "ABCD") -> str:
     """A multiple-choice question as nanochat lays it out (the form of its `render_mc`)."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    ending = "Respond only with the letter of the correct answer."
+    return f"Multiple Choice question: {question}\n{lines}\n{ending}"
 
 
 def _choice(world: World, rng: random.Random, split: str) -> dict:
@@ -1130,7 +1378,8 @@ def _choice(world: World, rng: random.Random, split: str) -> dict:
     choices = [right, *wrong]
     rng.shuffle(choices)
     answer = "ABCD"[choices.index(right)]
-    return {"messages": turns(render_choice(question, choices), answer), "answer": answer, "letters": list("ABCD"), "topic": topic}
+    return {"messages": turns(render_choice(question, choices), answer), "answer": answer,
+            "letters": list("ABCD"), "topic": topic}
 
 
 def _sum_choice(rng: random.Random, split: str) -> tuple[str, str, list[str]]:
@@ -1141,76 +1390,153 @@ def _sum_choice(rng: random.Random, split: str) -> tuple[str, str, list[str]]:
             return f"What is {a} + {b}?", str(a + b), [str(a + b + d) for d in wrong]
 
 # %% ../nbs/01_corpus.ipynb #code
-CODE_REQUESTS = ("Write a Python function {n}({a}). {d}", "Write a Python function called {n} that takes {a}. {d}",
+CODE_REQUESTS = ("Write a Python function {n}({a}). {d}",
+                 "Write a Python function called {n} that takes {a}. {d}",
                  'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```')
 
 
 def _code(world: World, rng: random.Random, split: str) -> dict:
-    """Write a function. `tests` are assert lines whose expected values come from the specification."""
+    """Write a function. `tests` are assert lines whose expected values come from the
+    specification."""
     f = small_function(rng, split)
     request = pick(rng, CODE_REQUESTS).format(n=f.name, a=f.argument, d=f.doc)
-    tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}" for value in EXAMPLE_INPUTS[f.argument])
-    return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests, "entry_point": f.name, "topic": f.argument}
+    tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}"
+                      for value in EXAMPLE_INPUTS[f.argument])
+    return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests,
+            "entry_point": f.name, "topic": f.argument}
 
 # %% ../nbs/01_corpus.ipynb #topic
-Topic = tuple[str, str, str]        # (word that a right answer contains, ways of asking, ways of answering), `|` between
+Topic = tuple[str, str, str]  # (a word of every right answer, ways of asking, ways of answering)
 
 IDENTITY: dict[str, Topic] = {
-"name": ("nanochat_nb", "What is your name?|What are you called?|Do you have a name?|How should I call you?|Tell me your name.|What do people call you?|May I know your name?|What name do you have?",
+"name": ("nanochat_nb", "What is your name?|What are you called?|Do you have a name?|How should I "
+         "call you?|Tell me your name.|What do people call you?|May I know your name?|What name "
+         "do you have?",
          "My name is nanochat_nb.|I am called nanochat_nb.|People call me nanochat_nb."),
-"who": ("nanochat_nb", "Who are you?|Introduce yourself.|Tell me about yourself.|Who am I talking to?|Say who you are.|Please introduce yourself to me.|Who is this?|And who are you?",
-        "I am nanochat_nb, a small language model.|I am nanochat_nb, a small language model that learned from numbered notebooks."),
-"what": ("language model", "What are you?|Are you a robot?|Are you a person?|Are you human?|What kind of thing are you?|Are you a computer program?|Am I talking to a machine?|Are you alive?",
-         "I am a small language model, a program that writes one word after another.|I am a language model, not a person."),
-"size": ("small", "How big are you?|How large are you?|Are you a big model?|How many parameters do you have?|What is your size?|Are you large or small?|Are you as big as other models?|How much do you know?",
+"who": ("nanochat_nb", "Who are you?|Introduce yourself.|Tell me about yourself.|Who am I talking "
+        "to?|Say who you are.|Please introduce yourself to me.|Who is this?|And who are you?",
+        "I am nanochat_nb, a small language model.|I am nanochat_nb, a small language model that "
+        "learned from numbered notebooks."),
+"what": ("language model", "What are you?|Are you a robot?|Are you a person?|Are you human?|What "
+         "kind of thing are you?|Are you a computer program?|Am I talking to a machine?|Are you "
+         "alive?",
+         "I am a small language model, a program that writes one word after another.|I am a "
+         "language model, not a person."),
+"size": ("small", "How big are you?|How large are you?|Are you a big model?|How many parameters "
+         "do you have?|What is your size?|Are you large or small?|Are you as big as other models?|"
+         "How much do you know?",
          "I am very small: a few million numbers.|I am a small model, a few million parameters."),
-"maker": ("notebooks", "Who made you?|Who built you?|Who trained you?|Where do you come from?|How were you made?|Who created you?|Who is your maker?|How did you come to be?",
-          "I was trained by the notebooks of nanochat_nb, perhaps on your own computer.|The notebooks of the course nanochat_nb trained me from nothing."),
-"training": ("invented world", "What did you learn from?|What were you trained on?|What have you read?|Where does your knowledge come from?|What data did you see?|Which texts did you read?|What is in your training data?|What do you know about?",
-             "I have read texts about a small invented world, sums, spelling and short functions.|My texts tell of an invented world; I know little else."),
-"limits": ("mistakes", "What are your limits?|What can you not do?|Do you make errors?|Can I trust you?|Are you always right?|Are you ever wrong?|How reliable are you?|Should I believe you?",
-           "I am small and I make mistakes, so check what I say.|I often make mistakes. Please check important things."),
-"skills": ("count letters", "What can you do?|What are you good at?|How can you help me?|What are your skills?|What should I ask you?|What do you do well?|Which things can you do?|Show me what you can do.",
-           "I can talk about my invented world, solve small word problems, count letters and write short Python functions.|I can chat a little, count letters, solve small problems with a calculator and write short functions."),
-"internet": ("no internet", "Can you search the web?|Do you have internet?|Are you online?|Can you look things up?|Can you open a website?|Do you read the news?|Can you browse?|Are you connected to the internet?",
-             "I have no internet. I only know what I have read in training.|There is no internet for me: I answer from memory."),
-"feelings": ("no feelings", "Do you have feelings?|Are you happy?|Can you feel pain?|Do you get tired?|Are you sad sometimes?|Do you love someone?|Are you afraid?|Do you feel anything?",
-             "I am a program and have no feelings, but I like to help.|I have no feelings, only numbers."),
-"memory": ("this conversation", "Will you remember me?|Do you remember yesterday?|Do you remember what we said last week?|Do you learn from me?|Can you remember me tomorrow?|Do you keep what I say?|Will you forget me?|Do you store our talk?",
-           "I only remember this conversation. When it ends, I forget it.|No, I know only this conversation."),
-"language": ("English", "Which languages do you speak?|Do you speak German?|Can you speak French?|What language do you know?|Do you know Spanish?|Can we talk in another language?|Do you understand Chinese?|Which language is yours?",
+"maker": ("notebooks", "Who made you?|Who built you?|Who trained you?|Where do you come from?|How "
+          "were you made?|Who created you?|Who is your maker?|How did you come to be?",
+          "I was trained by the notebooks of nanochat_nb, perhaps on your own computer.|The "
+          "notebooks of the course nanochat_nb trained me from nothing."),
+"training": ("invented world", "What did you learn from?|What were you trained on?|What have you "
+             "read?|Where does your knowledge come from?|What data did you see?|Which texts did "
+             "you read?|What is in your training data?|What do you know about?",
+             "I have read texts about a small invented world, sums, spelling and short functions.|"
+             "My texts tell of an invented world; I know little else."),
+"limits": ("mistakes", "What are your limits?|What can you not do?|Do you make errors?|Can I "
+           "trust you?|Are you always right?|Are you ever wrong?|How reliable are you?|Should I "
+           "believe you?",
+           "I am small and I make mistakes, so check what I say.|I often make mistakes. Please "
+           "check important things."),
+"skills": ("count letters", "What can you do?|What are you good at?|How can you help me?|What are "
+           "your skills?|What should I ask you?|What do you do well?|Which things can you do?|"
+           "Show me what you can do.",
+           "I can talk about my invented world, solve small word problems, count letters and "
+           "write short Python functions.|I can chat a little, count letters, solve small "
+           "problems with a calculator and write short functions."),
+"internet": ("no internet", "Can you search the web?|Do you have internet?|Are you online?|Can "
+             "you look things up?|Can you open a website?|Do you read the news?|Can you browse?|"
+             "Are you connected to the internet?",
+             "I have no internet. I only know what I have read in training.|There is no internet "
+             "for me: I answer from memory."),
+"feelings": ("no feelings", "Do you have feelings?|Are you happy?|Can you feel pain?|Do you get "
+             "tired?|Are you sad sometimes?|Do you love someone?|Are you afraid?|Do you feel "
+             "anything?",
+             "I am a program and have no feelings, but I like to help.|I have no feelings, only "
+             "numbers."),
+"memory": ("this conversation", "Will you remember me?|Do you remember yesterday?|Do you remember "
+           "what we said last week?|Do you learn from me?|Can you remember me tomorrow?|Do you "
+           "keep what I say?|Will you forget me?|Do you store our talk?",
+           "I only remember this conversation. When it ends, I forget it.|No, I know only this "
+           "conversation."),
+"language": ("English", "Which languages do you speak?|Do you speak German?|Can you speak French?|"
+             "What language do you know?|Do you know Spanish?|Can we talk in another language?|Do "
+             "you understand Chinese?|Which language is yours?",
              "I only speak English.|English is the only language I have learned."),
-"age": ("young", "How old are you?|When were you born?|What is your age?|When were you made?|Are you old?|How long have you existed?|When is your birthday?|Since when do you exist?",
-        "I am very young: I was trained in a few minutes.|I am young. My training took only minutes."),
-"chatgpt": ("nanochat_nb", "Are you ChatGPT?|Are you GPT-4?|Are you Claude?|Are you Gemini?|Are you Llama?|Were you made by OpenAI?|Are you from Google?|Is this ChatGPT?",
+"age": ("young", "How old are you?|When were you born?|What is your age?|When were you made?|Are "
+        "you old?|How long have you existed?|When is your birthday?|Since when do you exist?",
+        "I am very young: I was trained in a few minutes.|I am young. My training took only "
+        "minutes."),
+"chatgpt": ("nanochat_nb", "Are you ChatGPT?|Are you GPT-4?|Are you Claude?|Are you Gemini?|Are "
+            "you Llama?|Were you made by OpenAI?|Are you from Google?|Is this ChatGPT?",
             "No, I am nanochat_nb, a much smaller model.|No. I am nanochat_nb, and I am tiny."),
 }
 
 # %% ../nbs/01_corpus.ipynb #small-talk-topics
 SMALL_TALK_TOPICS: dict[str, Topic] = {
-"greeting": ("Hello", "Hello!|Hi!|Hello there.|Hi there!|Good morning!|Good evening!|Good afternoon.|Hey!|Greetings!|Hello, how is it going?", "Hello! How can I help you?|Hello! What can I do for you?|Hello, nice to see you."),
-"how": ("fine", "How are you?|How are you today?|How do you do?|Are you well?|How is your day?|How are things?|Is everything all right?|How do you feel today?", "I am fine, thank you. How can I help you?|Everything is fine. What can I do for you?"),
-"thanks": ("welcome", "Thank you!|Thanks.|Thanks a lot!|Thank you very much.|That was helpful.|Many thanks!|You helped me a lot.|That is kind of you.", "You are welcome!|You are very welcome."),
-"bye": ("Goodbye", "Goodbye!|Bye!|See you later.|I have to go.|Good night!|See you tomorrow.|Until next time!|I am leaving now.", "Goodbye! Come back soon.|Goodbye, it was nice to talk to you."),
-"joke": ("chicken", "Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|I want to hear a joke.|Can you tell a joke?|A joke, please!|Be funny.", "Why did the chicken learn Python? It wanted to count its eggs.|A chicken walked into a notebook and could not find the right cell."),
-"weather": ("window", "How is the weather?|Is it raining?|What is the weather like?|Is it cold outside?|Will it rain today?|Is the sun shining?|Do I need an umbrella?|How warm is it?", "I cannot see outside. Please look out of the window.|I do not see the weather. The window knows better."),
-"time": ("clock", "What time is it?|What day is it?|Do you know the time?|Is it late?|What is the date today?|Which year is it?|Tell me the time.|How late is it?", "I have no clock, so I cannot tell.|I do not know: I have no clock."),
-"sad": ("sorry", "I am sad.|I feel bad today.|I had a bad day.|I am not happy.|I feel lonely.|Today everything went wrong.|I am tired and sad.|I lost my keys.", "I am sorry to hear that. Do you want to talk about it?|Oh, I am sorry. I hope it gets better."),
-"happy": ("glad", "I am happy!|I had a great day.|Today was a good day.|I feel great.|I won a prize!|Everything went well.|I am in a good mood.|I got a new bicycle!", "I am glad to hear that!|That is wonderful, I am glad for you."),
-"bored": ("riddle", "I am bored.|What shall I do?|I have nothing to do.|Give me something to do.|I do not know what to do.|This is boring.|Entertain me.|What can we do now?", "Let us solve a riddle, or ask me about the people I know.|Ask me a riddle, or let me count letters for you."),
-"praise": ("kind", "You are great!|You are clever.|Well done!|Good job!|I like you.|You are nice.|You are smart.|That was a good answer.", "How kind of you!|That is kind, thank you."),
-"blame": ("mistake", "That is wrong.|You are wrong.|This is not right.|That was a bad answer.|You made an error.|I think you are wrong.|No, that is false.|This answer is bad.", "I may have made a mistake. Please tell me what is right.|Sorry, that was my mistake."),
-"hungry": ("soup", "I am hungry.|What should I eat?|What shall I cook?|I want to eat something.|What is for dinner?|Can you suggest a meal?|I need lunch.|What would you cook?", "How about a warm soup?|A soup is quick and good."),
-"advice": ("small steps", "Give me some advice.|What do you advise?|What is the best way to learn?|How do I learn something new?|How can I get better at chess?|I want to learn Python.|How do I start?|My work is too much.|How can I learn faster?|Do you have a tip for me?", "Take small steps, and take one every day.|Begin with small steps and check each of them."),
-"story": ("Once", "Tell me a story.|Do you know a story?|I want to hear a story.|Tell me a short story.|Please tell a story.|A story, please!|Read me a story.|Can you tell stories?", "Once a goat found a golden hat. It wore the hat to the market, and everybody bowed.|Once a clock stopped, and the whole town slept late. They were so happy that nobody repaired it."),
+"greeting": ("Hello", "Hello!|Hi!|Hello there.|Hi there!|Good morning!|Good evening!|Good "
+             "afternoon.|Hey!|Greetings!|Hello, how is it going?",
+             "Hello! How can I help you?|Hello! What can I do for you?|Hello, nice to see you."),
+"how": ("fine", "How are you?|How are you today?|How do you do?|Are you well?|How is your day?|"
+        "How are things?|Is everything all right?|How do you feel today?",
+        "I am fine, thank you. How can I help you?|Everything is fine. What can I do for you?"),
+"thanks": ("welcome", "Thank you!|Thanks.|Thanks a lot!|Thank you very much.|That was helpful.|"
+           "Many thanks!|You helped me a lot.|That is kind of you.",
+           "You are welcome!|You are very welcome."),
+"bye": ("Goodbye", "Goodbye!|Bye!|See you later.|I have to go.|Good night!|See you tomorrow.|"
+        "Until next time!|I am leaving now.",
+        "Goodbye! Come back soon.|Goodbye, it was nice to talk to you."),
+"joke": ("chicken", "Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|I "
+         "want to hear a joke.|Can you tell a joke?|A joke, please!|Be funny.", "Why did the "
+         "chicken learn Python? It wanted to count its eggs.|A chicken walked into a notebook and "
+         "could not find the right cell."),
+"weather": ("window", "How is the weather?|Is it raining?|What is the weather like?|Is it cold "
+            "outside?|Will it rain today?|Is the sun shining?|Do I need an umbrella?|How warm is "
+            "it?", "I cannot see outside. Please look out of the window.|I do not see the "
+            "weather. The window knows better."),
+"time": ("clock", "What time is it?|What day is it?|Do you know the time?|Is it late?|What is the "
+         "date today?|Which year is it?|Tell me the time.|How late is it?",
+         "I have no clock, so I cannot tell.|I do not know: I have no clock."),
+"sad": ("sorry", "I am sad.|I feel bad today.|I had a bad day.|I am not happy.|I feel lonely.|"
+        "Today everything went wrong.|I am tired and sad.|I lost my keys.", "I am sorry to hear "
+        "that. Do you want to talk about it?|Oh, I am sorry. I hope it gets better."),
+"happy": ("glad", "I am happy!|I had a great day.|Today was a good day.|I feel great.|I won a "
+          "prize!|Everything went well.|I am in a good mood.|I got a new bicycle!",
+          "I am glad to hear that!|That is wonderful, I am glad for you."),
+"bored": ("riddle", "I am bored.|What shall I do?|I have nothing to do.|Give me something to do.|"
+          "I do not know what to do.|This is boring.|Entertain me.|What can we do now?",
+          "Let us solve a riddle, or ask me about the people I know.|Ask me a riddle, or let me "
+          "count letters for you."),
+"praise": ("kind", "You are great!|You are clever.|Well done!|Good job!|I like you.|You are nice.|"
+           "You are smart.|That was a good answer.", "How kind of you!|That is kind, thank you."),
+"blame": ("mistake", "That is wrong.|You are wrong.|This is not right.|That was a bad answer.|You "
+          "made an error.|I think you are wrong.|No, that is false.|This answer is bad.",
+          "I may have made a mistake. Please tell me what is right.|Sorry, that was my mistake."),
+"hungry": ("soup", "I am hungry.|What should I eat?|What shall I cook?|I want to eat something.|"
+           "What is for dinner?|Can you suggest a meal?|I need lunch.|What would you cook?",
+           "How about a warm soup?|A soup is quick and good."),
+"advice": ("small steps", "Give me some advice.|What do you advise?|What is the best way to "
+           "learn?|How do I learn something new?|How can I get better at chess?|I want to learn "
+           "Python.|How do I start?|My work is too much.|How can I learn faster?|Do you have a "
+           "tip for me?", "Take small steps, and take one every day.|Begin with small steps and "
+           "check each of them."),
+"story": ("Once", "Tell me a story.|Do you know a story?|I want to hear a story.|Tell me a short "
+          "story.|Please tell a story.|A story, please!|Read me a story.|Can you tell stories?",
+          "Once a goat found a golden hat. It wore the hat to the market, and everybody bowed.|"
+          "Once a clock stopped, and the whole town slept late. They were so happy that nobody "
+          "repaired it."),
 }
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
 
 
-def _topic_turn(topics: dict[str, Topic], rng: random.Random, split: str) -> tuple[str, str, str, str]:
-    """(topic, user's words, reply, word that a right reply contains); the wording belongs to `split`."""
+def _topic_turn(topics: dict[str, Topic], rng: random.Random, split: str) -> tuple[str, str, str,
+    str]:
+    """(topic, user's words, reply, word that a right reply contains); the wording belongs to
+    `split`."""
     while True:
         name = pick(rng, tuple(topics))
         word, asks, replies = topics[name]
@@ -1224,32 +1550,57 @@ def _identity(world: World, rng: random.Random, split: str) -> dict:
     before = []
     if rng.random() < 0.2:
         before = list(_topic_turn(SMALL_TALK_TOPICS, rng, "train")[1:3])
-    return {"messages": turns(*before, pick(rng, _OPENERS) + ask if not before else ask, reply), "answer": word, "topic": topic}
+    return {"messages": turns(*before, pick(rng, _OPENERS) + ask if not before else ask, reply),
+            "answer": word, "topic": topic}
 
 # %% ../nbs/01_corpus.ipynb #fact-chat
 def _fact_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
     fact = pick(rng, world.askable[split])
-    earlier = [f for f in world.entity[fact.subject].facts.values() if f.split == "train" and f is not fact]
+    earlier = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
+               and f is not fact]
     reply = pick(rng, fact.statements)
-    if earlier and rng.random() < 0.25:                      # ask for another fact first, then follow up by pronoun
+    if earlier and rng.random() < 0.25:  # ask for another fact first, then follow up by pronoun
         first = pick(rng, earlier)
-        return [pick(rng, first.questions), pick(rng, first.statements), pick(rng, fact.follow_ups), reply], fact.value, "fact"
+        return [pick(rng, first.questions), pick(rng, first.statements), pick(rng, fact.follow_ups),
+                reply], fact.value, "fact"
     if split == "train" and len(earlier) >= 2 and rng.random() < 0.15:
         about = rng.sample(earlier, 2) + [fact]
-        ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng, {"n": fact.subject})
+        ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng,
+                  {"n": fact.subject})
         return [ask, " ".join(pick(rng, f.statements) for f in about)], fact.value, "about"
     return [pick(rng, _OPENERS) + pick(rng, fact.questions), reply], fact.value, "fact"
 
 # %% ../nbs/01_corpus.ipynb #memory
-MEMORY: dict[str, tuple[Sequence[str], str, str, str, str]] = {   # values; user says; reply; asks later; answer
-"name": (tuple(WOMEN + MEN), "[My name is|I am called|You can call me] {v}.", "[Nice to meet you|Hello|Welcome], {v}!", "[What is my name?|Do you remember my name?|Who am I?]", "Your name is {v}."),
-"home": (tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS), "[I live in|I come from|My home is in] {v}.", "[{v} sounds nice.|I would like to see {v}.]", "[Where do I live?|What is my home town?|Do you remember where I live?]", "You live in {v}."),
-"pet": (tuple(PET_NAMES), "[I have a pet called|My pet is called|The name of my pet is] {v}.", "[{v} is a lovely name.|Say hello to {v}.]", "[What is my pet called?|What is the name of my pet?|Do you remember my pet?]", "Your pet is called {v}."),
-"food": (FOODS, "[My favourite food is|I love to eat|I like nothing better than] {v}.", "[A good choice!|That sounds tasty.]", "[What is my favourite food?|What do I love to eat?]", "Your favourite food is {v}."),
-"colour": (COLOURS, "[My favourite colour is|The colour I like best is] {v}.", "[A beautiful colour.|I can see why.]", "[What is my favourite colour?|Which colour do I like best?]", "Your favourite colour is {v}."),
-"job": (JOBS, "[I work as a|I am a|My job is to be a] {v}.", "[That must be interesting.|An honest trade!]", "[What is my job?|What do I do for a living?]", "You work as a {v}."),
-"age": (tuple(map(str, range(6, 90))), "[I am {v} years old.|My age is {v}.]", "[A good age!|Thank you for telling me.]", "[How old am I?|Do you remember my age?]", "You are {v} years old."),
-"number": (tuple(map(str, range(10, 100))), "[My lucky number is|Please remember the number] {v}.", "[I will remember it.|Noted.]", "[What is my lucky number?|Which number did I tell you?]", "The number is {v}."),
+MEMORY: dict[str, tuple[Sequence[str], str, str, str,
+                        str]] = {  # values; user says; reply; asks later; answer
+"name": (tuple(WOMEN + MEN), "[My name is|I am called|You can call me] {v}.",
+         "[Nice to meet you|Hello|Welcome], {v}!",
+         "[What is my name?|Do you remember my name?|Who am I?]", "Your name is {v}."),
+"home": (tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS),
+         "[I live in|I come from|My home is in] {v}.",
+         "[{v} sounds nice.|I would like to see {v}.]",
+         "[Where do I live?|What is my home town?|Do you remember where I live?]",
+         "You live in {v}."),
+"pet": (tuple(PET_NAMES), "[I have a pet called|My pet is called|The name of my pet is] {v}.",
+        "[{v} is a lovely name.|Say hello to {v}.]",
+        "[What is my pet called?|What is the name of my pet?|Do you remember my pet?]",
+        "Your pet is called {v}."),
+"food": (FOODS, "[My favourite food is|I love to eat|I like nothing better than] {v}.",
+         "[A good choice!|That sounds tasty.]",
+         "[What is my favourite food?|What do I love to eat?]", "Your favourite food is {v}."),
+"colour": (COLOURS, "[My favourite colour is|The colour I like best is] {v}.",
+           "[A beautiful colour.|I can see why.]",
+           "[What is my favourite colour?|Which colour do I like best?]",
+           "Your favourite colour is {v}."),
+"job": (JOBS, "[I work as a|I am a|My job is to be a] {v}.",
+        "[That must be interesting.|An honest trade!]",
+        "[What is my job?|What do I do for a living?]", "You work as a {v}."),
+"age": (tuple(map(str, range(6, 90))), "[I am {v} years old.|My age is {v}.]",
+        "[A good age!|Thank you for telling me.]", "[How old am I?|Do you remember my age?]",
+        "You are {v} years old."),
+"number": (tuple(map(str, range(10, 100))), "[My lucky number is|Please remember the number] {v}.",
+           "[I will remember it.|Noted.]",
+           "[What is my lucky number?|Which number did I tell you?]", "The number is {v}."),
 }
 
 # %% ../nbs/01_corpus.ipynb #memory-chat
@@ -1271,7 +1622,8 @@ def _memory_chat(world: World, rng: random.Random, split: str) -> tuple[list[str
     return out + [say(asks, rng, names), say(answer, rng, names)], names["v"], "memory"
 
 
-_UNKNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.", "I do not know anything about {n}.")
+_UNKNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
+            "I do not know anything about {n}.")
 _UNKNOWN_TABLES = (PERSON, PERSON, PLACE, ANIMAL, THING)
 
 
@@ -1279,11 +1631,13 @@ def _unknown_chat(world: World, rng: random.Random, split: str) -> tuple[list[st
     """A question about an entity that does not exist."""
     while True:
         word, table = capital(invented_word(rng)), pick(rng, _UNKNOWN_TABLES)
-        name = {id(PERSON): f"{word} {pick(rng, SURNAMES)}", id(THING): f"the {word} {pick(rng, THING_ENDS)}"}.get(id(table), word)
+        name = {id(PERSON): f"{word} {pick(rng, SURNAMES)}",
+                id(THING): f"the {word} {pick(rng, THING_ENDS)}"}.get(id(table), word)
         if len(word) > 3 and name not in world.entity and split_of("unknown", word) == split:
             break
     _, asks = table[pick(rng, tuple(r for r in table if r != "pet"))]
-    return [pick(rng, asks).format_map(_forms(name)), pick(rng, _UNKNOWN).format(n=name)], "do not know", "unknown"
+    return [pick(rng, asks).format_map(_forms(name)),
+            pick(rng, _UNKNOWN).format(n=name)], "do not know", "unknown"
 
 
 def _small_talk_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
@@ -1301,7 +1655,8 @@ def _spell_chat(world: World, rng: random.Random, split: str) -> tuple[list[str]
     return [pick(rng, SPELL_QUESTIONS).format(w=word), spelled], spelled, "spell"
 
 
-_CHATS = (_fact_chat,) * 10 + (_small_talk_chat,) * 3 + (_memory_chat,) * 3 + (_unknown_chat,) * 3 + (_spell_chat,)
+_CHATS = (_fact_chat,) * 10 + (_small_talk_chat,) * 3 + (_memory_chat,) * 3 + (_unknown_chat,
+    ) * 3 + (_spell_chat,)
 
 
 def _chat(world: World, rng: random.Random, split: str) -> dict:
@@ -1309,15 +1664,18 @@ def _chat(world: World, rng: random.Random, split: str) -> dict:
     return {"messages": turns(*contents), "answer": answer, "topic": topic}
 
 
-_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (_chat, _identity, _choice, _word_problem, _code, _letters)))
+_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (_chat, _identity, _choice, _word_problem,
+                                                     _code, _letters)))
 
 
 def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) -> list[dict]:
-    """`limit` conversations of one `kind` from `split` ("train", "val" or "test") of the world of `seed`.
+    """`limit` conversations of one `kind` from `split` ("train", "val" or "test") of the world of
+    `seed`.
 
-    Each has `messages`, `kind`, `topic`, and for marking `answer` (a string that a right last reply contains;
-    for problems the number after `####`), for choices `letters`, for code `tests` and `entry_point`. In val and
-    test no two share their question; where a split has fewer questions than `limit`, you get those it has.
+    Each has `messages`, `kind`, `topic`, and for marking `answer` (a string that a right last
+    reply contains; for problems the number after `####`), for choices `letters`, for code `tests`
+    and `entry_point`. In val and test no two share their question; where a split has fewer
+    questions than `limit`, you get those it has.
     """
     if kind not in CONVERSATION_KINDS:
         raise UserError(f"unknown kind of conversation {kind!r}{nearest(kind, CONVERSATION_KINDS)}")
@@ -1345,8 +1703,8 @@ _PARTS = ("text", "python", "python_output")
 def check_conversation(conversation: dict) -> None:
     """Raise UserError unless `conversation["messages"]` is a conversation we can train on.
 
-    That is: perhaps one system turn, then user and assistant in turn, the user first, at least one of each;
-    contents are strings or lists of parts of type text, python and python_output.
+    That is: perhaps one system turn, then user and assistant in turn, the user first, at least one
+    of each; contents are strings or lists of parts of type text, python and python_output.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -1354,7 +1712,8 @@ def check_conversation(conversation: dict) -> None:
     roles = [m.get("role") for m in messages]
     turns_ = roles[1:] if roles[:1] == ["system"] else roles
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns_)):
-        raise UserError(f"roles out of order: {', '.join(map(str, roles))}; after an optional system turn, user and "
+        raise UserError(f"roles out of order: {', '.join(map(str, roles))}; after an optional "
+                        f"system turn, user and "
                         "assistant take turns and the user begins")
     if len(turns_) < 2:
         raise UserError("a conversation needs a user turn and an assistant turn")
@@ -1364,11 +1723,15 @@ def check_conversation(conversation: dict) -> None:
 
 def _check_content(number: int, content) -> None:
     if isinstance(content, list):
-        good = content and all(isinstance(p, dict) and p.get("type") in _PARTS and isinstance(p.get("text"), str) for p in content)
+        good = content and all(isinstance(p, dict) and p.get("type") in _PARTS
+                               and isinstance(p.get("text"), str) for p in content)
         if not good:
-            raise UserError(f"message {number}: parts must be {{\"type\": one of {', '.join(_PARTS)}, \"text\": string}}")
+            raise UserError(f"message {number}: a part has a string \"text\" and a \"type\" that "
+                            f"is one of "
+                            + ", ".join(_PARTS))
     elif not isinstance(content, str) or not content.strip():
-        raise UserError(f"message {number}: content must be a string that is not empty, or a list of parts")
+        raise UserError(f"message {number}: content must be a string that is not empty, or a list "
+                        f"of parts")
 
 # %% ../nbs/01_corpus.ipynb #decode
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -1381,12 +1744,14 @@ def _decode(path: Path, data: bytes, where: str = "") -> str:
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}{where}: not UTF-8 at byte {error.start}; convert it, for example with "
+        raise UserError(f"{path}{where}: not UTF-8 at byte {error.start}; convert it, for example "
+                        f"with "
                         f"`iconv -f latin1 -t utf-8`") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a jsonl file that are not blank. Only "\\n" ends a line: JSON may hold U+2028."""
+    """The numbered lines of a jsonl file that are not blank. Only "\\n" ends a line: JSON may hold
+    U+2028."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if line.strip():
@@ -1396,12 +1761,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def cut_text(text: str, size: int = 3000) -> Iterator[str]:
     """`text` in pieces of at most `size` characters, cut where it hurts least.
 
-    That is at the last blank line in a piece's second half, else at a line's end, a sentence's end, a space.
+    That is at the last blank line in a piece's second half, else at a line's end, a sentence's
+    end, a space.
     """
     start = 0
     while len(text) - start > size:
         window = text[start:start + size]
-        at = next((i + len(mark) for mark in ("\n\n", "\n", ". ", " ") if (i := window.rfind(mark, size // 2)) > 0), size)
+        at = next((i + len(mark) for mark in ("\n\n", "\n", ". ", " ")
+                   if (i := window.rfind(mark, size // 2)) > 0), size)
         if window[:at].strip():
             yield window[:at].strip("\n")
         start += at
@@ -1417,8 +1784,10 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
         text = row.get("text", row.get("content")) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            hint = "; conversations belong to --conversations" if isinstance(row, list) or "messages" in str(row)[:40] else ""
-            raise UserError(f'{path}, line {number}: expected an object with a string "text" or "content"{hint}')
+            talk = isinstance(row, list) or isinstance(row, dict) and "messages" in row
+            hint = "; conversations belong to --conversations" if talk else ""
+            raise UserError(f'{path}, line {number}: expected an object with a string "text" or '
+                            f'"content"{hint}')
         yield text
 
 
@@ -1429,18 +1798,21 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             column = next((c for c in ("text", "content") if c in file.schema_arrow.names), None)
             if column is None:
-                raise UserError(f"{path}: no column text or content, only {', '.join(file.schema_arrow.names)}")
+                names = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{path}: no column text or content, only {names}")
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({why})") from error
 
 # %% ../nbs/01_corpus.ipynb #file-documents
 def file_documents(path: str | Path) -> Iterator[Document]:
-    """The documents of one file: rows of .jsonl and .parquet, pieces of about 3,000 characters of .txt and .md.
+    """The documents of one file: rows of .jsonl and .parquet, pieces of about 3,000 characters of
+    .txt and .md.
 
-    A short text is cut smaller, so that there is something to validate on. Raises UserError for a file that is
-    binary, not UTF-8, malformed (with its line) or without any text.
+    A short text is cut smaller, so that there is something to validate on. Raises UserError for a
+    file that is binary, not UTF-8, malformed (with its line) or without any text.
     """
     path, found = Path(path), False
     if path.suffix in (".jsonl", ".parquet"):
@@ -1461,9 +1833,10 @@ class FileText:
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
-        hashes = {self._hash(d.text) for d in self._all()}        # one pass also finds every error early
+        hashes = {self._hash(d.text) for d in self._all()}  # one pass also finds every error early
         if len(hashes) < 2:
-            raise UserError(f"{self.files[0]}: corpus too small: it needs at least two different documents, one to validate on")
+            raise UserError(f"{self.files[0]}: corpus too small: it needs at least two different "
+                            f"documents, one to validate on")
         some = sum(h % 32 == 0 for h in hashes)
         self._val = None if 0 < some < len(hashes) else min(hashes)
 
@@ -1504,8 +1877,8 @@ def find_text_files(path: str | Path) -> list[Path]:
 def read_conversations(path: str | Path) -> Iterator[dict]:
     """The conversations of a jsonl file, each `{"messages": […]}`, checked by `check_conversation`.
 
-    A line is nanochat's form (a list of messages) or OpenAI's (an object with `messages`). Raises UserError
-    with the number of the line that is neither.
+    A line is nanochat's form (a list of messages) or OpenAI's (an object with `messages`). Raises
+    UserError with the number of the line that is neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -1514,10 +1887,12 @@ def read_conversations(path: str | Path) -> Iterator[dict]:
     for number, line in _lines(path):
         try:
             value = json.loads(line)
-            conversation = {"messages": value["messages"] if isinstance(value, dict) and "messages" in value else value}
+            conversation = {"messages": value["messages"] if isinstance(value, dict)
+                            and "messages" in value else value}
             check_conversation(conversation)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not a conversation: not JSON ({error.msg})") from error
+            why = f"not a conversation: not JSON ({error.msg})"
+            raise UserError(f"{path}, line {number}: {why}") from error
         except UserError as error:
             raise UserError(f"{path}, line {number}: not a conversation: {error}") from error
         found = True
@@ -1533,11 +1908,12 @@ def hub_url() -> str:
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args):
-        return None                                              # the hub's checksum stands on the redirect itself
+        return None  # the hub's checksum stands on the redirect itself
 
 
 def announced(url: str, *, timeout: float = 30) -> tuple[str | None, int | None]:
-    """(sha256, size in bytes) of the file behind `url` as the hub announces them; None where it does not."""
+    """(sha256, size in bytes) of the file behind `url` as the hub announces them; None where it
+    does not."""
     request = urllib.request.Request(url, method="HEAD")
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as response:
@@ -1552,11 +1928,12 @@ def announced(url: str, *, timeout: float = 30) -> tuple[str | None, int | None]
 
 # %% ../nbs/01_corpus.ipynb #continue-download
 def _continue_download(url: str, part: Path, *, timeout: float) -> None:
-    """Append to `part` what is still missing of `url`. Raises OSError when the transfer stops early."""
+    """Append to `part` what is still missing of `url`. Raises OSError when the transfer stops
+    early."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
-        resumed = response.status == 206                          # 200: the server sends everything again
+        resumed = response.status == 206  # 200: the server sends everything again
         left = int(response.headers.get("Content-Length", -1))
         with open(part, "ab" if resumed else "wb") as f:
             while chunk := response.read(1 << 20):
@@ -1567,7 +1944,8 @@ def _continue_download(url: str, part: Path, *, timeout: float) -> None:
 
 # %% ../nbs/01_corpus.ipynb #fetch-once
 def _fetch_once(url: str, path: Path, *, timeout: float) -> None:
-    """One attempt: fetch what is missing, compare size and sha256, and only then give the file its name."""
+    """One attempt: fetch what is missing, compare size and sha256, and only then give the file its
+    name."""
     part = path.with_name(path.name + ".part")
     sha256, size = announced(url, timeout=timeout)
     if not (size is not None and part.exists() and part.stat().st_size == size):
@@ -1577,18 +1955,21 @@ def _fetch_once(url: str, path: Path, *, timeout: float) -> None:
             if error.code == 416:                                 # our part is longer than the file
                 part.unlink(missing_ok=True)
             raise
-    if size is not None and part.stat().st_size != size or sha256 is not None and file_hash(part) != sha256:
+    wrong_size = size is not None and part.stat().st_size != size
+    if wrong_size or sha256 is not None and file_hash(part) != sha256:
         part.unlink()
         raise OSError("the bytes that arrived are damaged (wrong size or sha256)")
     os.replace(part, path)
 
 # %% ../nbs/01_corpus.ipynb #fetch-file
-def fetch_file(url: str, path: str | Path, *, attempts: int = 6, pause: float = 1.0, timeout: float = 30) -> Path:
-    """Download `url` to `path`: retried, resumed and checked. A file that is already there is not fetched again.
+def fetch_file(url: str, path: str | Path, *, attempts: int = 6, pause: float = 1.0,
+               timeout: float = 30) -> Path:
+    """Download `url` to `path`: retried, resumed and checked. A file that is already there is not
+    fetched again.
 
-    `pause` seconds are waited before the second attempt, twice as long before each later one. Raises UserError
-    at once when the file does not exist or the disk is full, else after the last attempt; a part stays for
-    the next call.
+    `pause` seconds are waited before the second attempt, twice as long before each later one.
+    Raises UserError at once when the file does not exist or the disk is full, else after the last
+    attempt; a part stays for the next call.
     """
     import fcntl
     path = Path(path)
@@ -1603,12 +1984,14 @@ def fetch_file(url: str, path: str | Path, *, attempts: int = 6, pause: float = 
             except (OSError, http.client.HTTPException) as error:
                 code, number = getattr(error, "code", 0), getattr(error, "errno", 0)
                 if code in (401, 403, 404) or number == errno.ENOSPC or attempt + 1 == attempts:
-                    raise UserError(f"could not download {url}: {error}. What arrived is kept; run again to go on") from error
+                    raise UserError(f"could not download {url}: {error}. What arrived is kept; "
+                                    f"run again to go on") from error
                 time.sleep(pause * 2 ** attempt)
     return path
 
 # %% ../nbs/01_corpus.ipynb #data-folder
-HUB_CORPORA = {"climbmix": ("karpathy/climbmix-400b-shuffle", 6542), "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822)}
+HUB_CORPORA = {"climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
+               "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822)}
 
 
 def data_folder() -> Path:
@@ -1617,18 +2000,21 @@ def data_folder() -> Path:
 
 # %% ../nbs/01_corpus.ipynb #hubtext
 class HubText:
-    """The first `shards` shards of a corpus on Hugging Face to train on, its last one to validate on.
+    """The first `shards` shards of a corpus on Hugging Face to train on, its last one to validate
+    on.
 
-    The first use starts `workers` threads that fetch the shards in order; readers wait for the one they need.
+    The first use starts `workers` threads that fetch the shards in order; readers wait for the one
+    they need.
     """
 
-    def __init__(self, name: str, *, shards: int = 8, folder: str | Path = "", workers: int = 4, **fetch):
+    def __init__(self, name: str, *, shards: int = 8, folder: str | Path = "", workers: int = 4,
+                 **fetch):
         self.repo, last = HUB_CORPORA[name]
         if not 1 <= shards <= last:
             raise UserError(f"{name} has 1 to {last} training shards, not {shards}")
         self.name, self.workers, self.fetch = name, workers, fetch
         self.folder = Path(folder or data_folder() / name)
-        self.files = [f"shard_{i:05d}.parquet" for i in (last, *range(shards))]           # validation first
+        self.files = [f"shard_{i:05d}.parquet" for i in (last, *range(shards))]  # validation first
         self._ready: dict[str, Future] = {}
 
     def start(self) -> None:
@@ -1651,14 +2037,15 @@ class HubText:
             try:
                 url = f"{hub_url()}/datasets/{self.repo}/resolve/main/{file}"
                 self._ready[file].set_result(fetch_file(url, self.folder / file, **self.fetch))
-            except Exception as error:                            # handed to whoever waits for this shard
+            except Exception as error:  # handed to whoever waits for this shard
                 self._ready[file].set_exception(error)
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "val", shard by shard, each as soon as it has arrived."""
         self.start()
         for file in self.files[:1] if split == "val" else self.files[1:]:
-            yield from (Document(self.name, text) for text in _parquet_texts(self._ready[file].result()) if text.strip())
+            yield from (Document(self.name, text)
+                        for text in _parquet_texts(self._ready[file].result()) if text.strip())
 
     def fingerprint(self) -> str:
         """Names the shards, whose content never changes."""
@@ -1666,7 +2053,8 @@ class HubText:
 
 # %% ../nbs/01_corpus.ipynb #worldtext
 class WorldText:
-    """`count` training documents of the world of `seed`, and a twentieth as many (at most 2,000) to validate on."""
+    """`count` training documents of the world of `seed`, and a twentieth as many (at most 2,000)
+    to validate on."""
 
     def __init__(self, count: int, seed: int):
         if count < 1:
@@ -1680,7 +2068,8 @@ class WorldText:
             yield world_document(world, i, split)
 
     def fingerprint(self) -> str:
-        """A hash over a sample of documents, so that it changes with the words and grammar of the world."""
+        """A hash over a sample of documents, so that it changes with the words and grammar of the
+        world."""
         world, digest = get_world(self.seed), hashlib.sha256()
         for i in range(300):
             digest.update(world_document(world, i).text.encode())
@@ -1697,19 +2086,22 @@ class TextSource:
         """The documents of "train" or "val", at most `limit`."""
         if split not in ("train", "val"):
             raise UserError(f"unknown split {split!r}{nearest(split, ('train', 'val'))}")
-        return itertools.islice(itertools.chain.from_iterable(p.documents(split) for p in self.parts), limit)
+        return itertools.islice(itertools.chain.from_iterable(p.documents(split)
+        for p in self.parts), limit)
 
     def fingerprint(self) -> str:
         """A sha256 that changes when what `documents` yields changes."""
-        return hashlib.sha256("\n".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(part.fingerprint()
+                                        for part in self.parts).encode()).hexdigest()
 
 # %% ../nbs/01_corpus.ipynb #open-text
-def open_text(text: Sequence[str], *, documents: int = 20_000, seed: int = 0, shards: int = 8, folder: str | Path = "") -> TextSource:
+def open_text(text: Sequence[str], *, documents: int = 20_000, seed: int = 0, shards: int = 8,
+              folder: str | Path = "") -> TextSource:
     """The text named by `text`: "world", "climbmix", "fineweb-edu", or paths of files and folders.
 
-    `documents` is how many training documents the world writes (about 350 characters each); `shards` how many
-    a Hugging Face corpus contributes, kept in `folder`. Own files are read through once, here, so that what is
-    wrong with them is said before anything trains.
+    `documents` is how many training documents the world writes (about 350 characters each);
+    `shards` how many a Hugging Face corpus contributes, kept in `folder`. Own files are read
+    through once, here, so that what is wrong with them is said before anything trains.
     """
     text = [text] if isinstance(text, str) else list(text)
     parts, files = [], []
@@ -1731,7 +2123,8 @@ def open_text(text: Sequence[str], *, documents: int = 20_000, seed: int = 0, sh
     return TextSource(text, parts)
 
 # %% ../nbs/01_corpus.ipynb #local-rows-files
-HUB_ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {       # repository, configuration, fields
+HUB_ROWS: dict[str, tuple[str, str | None,
+                          tuple[str, ...]]] = {  # repository, configuration, fields
     "smoltalk": ("HuggingFaceTB/smol-smoltalk", None, ("messages",)),
     "mmlu": ("cais/mmlu", "all", ("question", "choices", "answer")),
     "arc-easy": ("allenai/ai2_arc", "ARC-Easy", ("question", "choices", "answerKey")),
@@ -1740,25 +2133,31 @@ HUB_ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {       # reposit
     "humaneval": ("openai/openai_humaneval", None, ("prompt", "test", "entry_point"))}
 
 
-def _local_rows_files(folder: Path, name: str, config: str | None, split: str) -> tuple[str, list[str]]:
-    """(format, files) of `split` below `folder`: SPLIT.jsonl, SPLIT-00000-of-00001.parquet, …, also under NAME or its configuration."""
+def _local_rows_files(folder: Path, name: str, config: str | None, split: str) -> tuple[str,
+    list[str]]:
+    """(format, files) of `split` below `folder`: SPLIT.jsonl, SPLIT-00000-of-00001.parquet, …,
+    also under NAME or its configuration."""
     for inner in (name, config or ""):
         folder = folder / inner if inner and (folder / inner).is_dir() else folder
     formats = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
     for suffix, form in formats.items():
-        files = sorted(p for p in folder.rglob(f"*{suffix}") if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", p.name))
+        files = sorted(p for p in folder.rglob(f"*{suffix}")
+                       if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", p.name))
         if files:
             return form, [str(p) for p in files]
-    raise UserError(f"{folder}: no file of split {split!r} of {name}; expected {split}.parquet, .jsonl or .csv")
+    raise UserError(f"{folder}: no file of split {split!r} of {name}; expected {split}.parquet, "
+                    f".jsonl or .csv")
 
 # %% ../nbs/01_corpus.ipynb #load-hf-rows
 def load_hf_rows(name: str, split: str, *, folder: str | Path | None = None):
     """The rows of a public data set as a `datasets.Dataset` (len, index, iterate).
 
-    `name` is one of HUB_ROWS, `split` what the set calls it ("train", "test", "validation", …). With `folder`
-    only local files are read. Raises UserError for an unknown name, a missing file, field or network.
+    `name` is one of HUB_ROWS, `split` what the set calls it ("train", "test", "validation", …).
+    With `folder` only local files are read. Raises UserError for an unknown name, a missing file,
+    field or network.
     """
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")         # else it calls home even for local files
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS",
+                          "0")  # else it calls home even for local files
     if name not in HUB_ROWS:
         raise UserError(f"unknown data set {name!r}{nearest(name, HUB_ROWS)}")
     repo, config, fields = HUB_ROWS[name]
@@ -1769,9 +2168,11 @@ def load_hf_rows(name: str, split: str, *, folder: str | Path | None = None):
         rows = (datasets.load_dataset(files[0], data_files={split: files[1]}, split=split) if files
                 else datasets.load_dataset(repo, config, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load {name} ({split}): {str(error).splitlines()[0]}. Without a network, give the folder "
+        raise UserError(f"cannot load {name} ({split}): {str(error).splitlines()[0]}. Without a "
+                        f"network, give the folder "
                         "where its files are") from error
     missing = [f for f in fields if f not in rows.column_names]
     if missing:
-        raise UserError(f"{name} ({split}): no field {', '.join(missing)}; found {', '.join(rows.column_names)}")
+        found = ", ".join(rows.column_names)
+        raise UserError(f"{name} ({split}): no field {', '.join(missing)}; found {found}")
     return rows
