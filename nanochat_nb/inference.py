@@ -635,13 +635,13 @@ def _prompt(engine: Engine, stage: str, history: list[dict], room: int) -> list[
     return ids
 
 # %% ../nbs/08_inference.ipynb #chat
-def chat(engine: Engine, stage: str, *, prompt: str | None = None, ask: Callable[[str], str] = input, **dials) -> None:
+def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> None:
     """Answer `prompt`, or chat until the end of input; `/new` forgets the conversation."""
     history: list[dict] = []
     room = engine.max_len - min(dials["max_new_tokens"], engine.max_len // 2)
     while True:
         try:
-            said = ask("\nyou> ") if prompt is None else prompt
+            said = input("\nyou> ") if prompt is None else prompt
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -652,7 +652,7 @@ def chat(engine: Engine, stage: str, *, prompt: str | None = None, ask: Callable
             try:
                 ids = _show(engine.tokenizer, engine.stream(_prompt(engine, stage, history, room), **dials))
                 history.append({"role": "assistant", "content": completion_parts(engine.tokenizer, ids)})
-            except UserError as error:
+            except (UserError, KeyboardInterrupt) as error:      # Ctrl-C ends the answer, not the chat
                 if prompt is not None:
                     raise
                 history.pop()
@@ -694,3 +694,5 @@ if __name__ == "__main__" and __spec__ is not None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,231 @@
+"""The engine: equal to the naive loop in every mix, deaf to its neighbours, and polite when interrupted."""
+import random
+
+import pytest
+import torch
+
+from nanochat_nb import inference
+from nanochat_nb.execution import isolation
+from nanochat_nb.inference import Engine, best_stage, main
+from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.runtime import UserError, generator
+from nanochat_nb.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.train(["12 times 34 is 408, one two three four five six seven"] * 3, 275, backend="python")
+
+
+def make_model(dtype=torch.float32, **changes):
+    config = dict(sequence_len=300, vocab_size=275, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="S")
+    model = GPT(GPTConfig(**config | changes), dtype=dtype).init_weights(0)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += torch.randn(p.shape, generator=generator("noise", i)) * (0.15 if p.ndim > 1 else 0.3)
+    return model
+
+
+@torch.no_grad()
+def naive(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def silent(engine):
+    """Noise may say <|bos|>; these tests let it talk on."""
+    engine.stops = frozenset()
+    return engine
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 4, "window_pattern": "SL"}, {"n_layer": 1, "n_kv_head": 1},
+                                     {"value_embed_layers": (), "rope_base": 10_000.0, "qk_scale": 1.0}])
+def test_greedy_equals_the_naive_loop_whatever_arrives_when(tok, changes):
+    model, draw = make_model(**changes), random.Random(0)
+    engine = silent(Engine(model, tok, max_batch=3))
+    jobs, numbers, got = [], {}, {}
+    for _ in range(9):
+        prompt = [draw.randrange(275) for _ in range(draw.choice([1, 2, 7, 30, 140, 260]))]
+        jobs.append((prompt, draw.randrange(1, 30)))
+    waiting = list(range(9))
+    while waiting or engine.busy:
+        while waiting and (draw.random() < 0.4 or not engine.busy):
+            i = waiting.pop(0)
+            numbers[engine.submit(jobs[i][0], max_new_tokens=jobs[i][1], temperature=0, tools=False)] = i
+        for event in engine.step():
+            got.setdefault(numbers[event.request], []).extend(event.ids)
+    assert [got[i] for i in range(9)] == [naive(model, *job) for job in jobs]
+
+
+def test_samples_do_not_depend_on_company(tok):
+    model = make_model()
+    prompts = [[i] * (3 * i + 1) for i in range(8)]
+    dials = dict(max_new_tokens=10, temperature=1.1, top_p=0.9, seed=5, num_samples=2)
+    crowd = silent(Engine(model, tok, max_batch=5)).generate(prompts, **dials)
+    engine = silent(Engine(model, tok))
+    engine.submit([9, 9], max_new_tokens=40, temperature=0.3, top_k=3)
+    alone = [engine.generate([p], **dials)[0] for p in prompts]
+    assert [[c.ids for c in g] for g in crowd] == [[c.ids for c in g] for g in alone]
+    seeded = silent(Engine(model, tok)).generate(prompts[:2], **dials | {"seed": [5, 6]})
+    assert seeded[0][0].ids == crowd[0][0].ids and seeded[1][0].ids != crowd[1][0].ids
+
+
+def test_a_shared_prompt_is_read_once(tok, monkeypatch):
+    read, real = [], inference.prefill
+    monkeypatch.setattr(inference, "prefill", lambda m, prompts, **k: (read.extend(prompts), real(m, prompts, **k))[1])
+    engine = silent(Engine(make_model(), tok, max_batch=3))
+    groups = engine.generate([[1, 2], [3]], max_new_tokens=6, num_samples=7)
+    assert sorted(read) == [(1, 2), (3,)] and [len(g) for g in groups] == [7, 7] and not engine.prefixes
+
+
+def test_finish_reasons_limits_and_cancel(tok):
+    engine = Engine(make_model(), tok, max_len=20)
+    engine.stops = frozenset(range(275))
+    [[stopped]] = engine.generate([[1] * 5], max_new_tokens=9)
+    assert stopped.finish_reason == "stop" and len(stopped.ids) == 1
+    silent(engine)
+    [[full]] = engine.generate([[1] * 15], max_new_tokens=99)
+    assert full.finish_reason == "length" and len(full.ids) == 5
+    a, b, c = (engine.submit([i], max_new_tokens=9) for i in (1, 2, 3))
+    engine.step()
+    engine.cancel(a)
+    engine.cancel(12345)
+    events = engine.step()
+    assert {e.request: e.finish_reason for e in events} == {a: "cancelled", b: None, c: None}
+    assert len(engine.rows) == 2
+    stream = engine.stream([4], max_new_tokens=9)
+    next(stream)
+    stream.close()
+    assert len(engine.rows) == 2                             # a closed stream leaves its row
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"),
+    ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
+    ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
+def test_bad_requests(tok, prompt, options, message):
+    engine = Engine(make_model(), tok)
+    with pytest.raises(UserError, match=message):
+        engine.generate([[1], prompt], **{"max_new_tokens": 3} | options)
+    assert not engine.busy                                   # the good one does not stay behind
+
+
+def test_new_weights_are_used_and_cast_once(tok):
+    model = make_model(torch.bfloat16)
+    engine = silent(Engine(model, tok))
+    assert engine.model.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+    before = engine.generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
+    copy = engine.model
+    assert engine.generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids == before and engine.model is copy
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn(p.shape, generator=generator("other", p.numel())) * 0.2
+    after = engine.generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
+    assert after != before and after == silent(Engine(model, tok)).generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
+
+
+def test_training_goes_on_after_generating(tok):
+    model = make_model()
+    silent(Engine(model, tok)).generate([[1] * 200], max_new_tokens=5)
+    ids = torch.ones(1, 250, dtype=torch.long)
+    model(ids, ids).backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def scripted(scripts):
+    """A stand-in for `_choose`: each request says the next token of the script for its prompt."""
+    def say(r):
+        script = scripts[r.prompt]
+        return script[min(sum(r.mask), len(script) - 1)]     # while tokens are forced, the choice does not matter
+    return lambda rows, logits, dials: [say(r) for r in rows]
+
+
+def test_tools_are_forced_and_masked(tok, monkeypatch):
+    s = tok.special
+    call = lambda text: [s("<|python_start|>"), *tok.encode(text), s("<|python_end|>")]
+    scripts = {(1,): call("6*7") + [s("<|assistant_end|>")], (2,): call("no sum") + [s("<|assistant_end|>")],
+               (3,): [s("<|python_end|>"), *call("")] + [s("<|assistant_end|>")]}
+    monkeypatch.setattr(inference, "_choose", scripted(scripts))
+    good, nonsense, empty = (g[0] for g in Engine(make_model(), tok).generate([list(p) for p in scripts], max_new_tokens=50))
+    assert "<|output_start|>42<|output_end|>" in tok.decode(good.ids)
+    forced = [t for t, m in zip(good.ids, good.mask) if not m]
+    assert forced == inference.forced_ids(tok, "42")
+    assert all(nonsense.mask) and all(empty.mask)
+
+
+@pytest.mark.skipif(isolation() is None, reason="no sandbox works on this machine")
+def test_programs_run_while_other_rows_go_on(tok, monkeypatch):
+    s = tok.special
+    program = "import time; time.sleep(0.3); print('ab' * 2)"
+    scripts = {(1,): [s("<|python_start|>"), *tok.encode(program), s("<|python_end|>"), s("<|assistant_end|>")],
+               (2,): [5] * 400}
+    monkeypatch.setattr(inference, "_choose", scripted(scripts))
+    engine = Engine(make_model(), tok)
+    slow = engine.submit([1], max_new_tokens=150, tools="python")
+    other = engine.submit([2], max_new_tokens=150, tools=False)
+    seen, during = {slow: [], other: []}, 0
+    while engine.busy:
+        for event in engine.step():
+            seen[event.request] += event.ids
+            during += bool(engine.parked) and event.request == other
+    assert "<|output_start|>abab<|output_end|><|assistant_end|>" in tok.decode(seen[slow])
+    assert seen[other] == [5] * 150 and during > 3
+
+
+def test_a_parked_row_comes_back_as_it_was(tok, monkeypatch):
+    """A row that was taken out and put back continues as if nothing had happened."""
+    model, prompt = make_model(), [7] * 40
+    want = naive(model, prompt, 20)
+    engine = silent(Engine(model, tok))
+    engine.submit(prompt, max_new_tokens=20, temperature=0, tools=False)
+    engine.submit([1, 2], max_new_tokens=20, temperature=0, tools=False)
+    got = [t for _ in range(5) for e in engine.step() if e.request == 1 for t in e.ids]
+    request, snapshot = engine.rows[0], engine.cache.snapshot(0)
+    inference._leave(engine, 0)
+    engine.step()
+    inference._enter(engine, request, snapshot)
+    while engine.busy:
+        got += [t for e in engine.step() if e.request == 1 for t in e.ids]
+    assert got == want
+
+
+def test_command_line_errors(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'laptop'"):
+        (tmp_path / "laptop").mkdir()
+        best_stage(tmp_path / "laptp")
+    with pytest.raises(UserError, match="no trained model"):
+        main(["--run", str(tmp_path / "laptop"), "-p", "hello"])
+    with pytest.raises(UserError, match="did you mean 'sft'"):
+        main(["--run", str(tmp_path / "laptop"), "--stage", "sftt", "-p", "hello"])
+
+
+def test_command_line_answers_and_chats(tok, tmp_path, capsys, monkeypatch):
+    from nanochat_nb.checkpoint import save_checkpoint
+    run = tmp_path / "toy"
+    tok.save(run / "tokenizer")
+    for stage in ("base", "sft"):
+        save_checkpoint(run / stage, 1, model=make_model(), meta={"tokenizer": tok.fingerprint()})
+    assert best_stage(run) == "sft"
+    (run / "base" / "summary.json").write_text("{}")
+    assert best_stage(run) == "base"                         # sft has not finished yet
+    for stage in ("base", "sft"):
+        main(["--run", str(run), "--stage", stage, "-p", "one two", "--max-new-tokens", "5", "--temperature", "0"])
+        first = capsys.readouterr().out
+        main(["--run", str(run), "--stage", stage, "-p", "one two", "--max-new-tokens", "5", "--temperature", "0"])
+        assert first == capsys.readouterr().out
+    with pytest.raises(UserError, match="shorten it"):
+        main(["--run", str(run), "--stage", "sft", "-p", "7" * 999])
+    lines = iter(["one two three four five six seven " * 3] * 9 + ["/new", "", "one", "7" * 999])
+    monkeypatch.setattr("builtins.input", lambda prompt: _next(lines))
+    main(["--run", str(run), "--stage", "sft", "--max-new-tokens", "8"])
+    said = capsys.readouterr().err
+    assert "no longer fit" in said and "shorten it" in said
+
+
+def _next(lines):
+    try:
+        return next(lines)
+    except StopIteration:
+        raise EOFError from None
