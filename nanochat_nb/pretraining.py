@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .corpus import TextSource, open_text
+from .corpus import open_text
 from .evaluation import bits_per_byte
 from .inference import Engine
 from .loader import Shards, open_shards, pretraining_batches, write_shards
@@ -27,12 +27,13 @@ from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progres
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
-__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'BATCH_EXPONENT', 'UNIMPORTANT', 'PEAK_FLOPS', 'scaling_parameters',
-           'best_batch', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate',
-           'TrainingLoop', 'training_steps', 'save', 'stop', 'update', 'finish', 'documents_needed', 'prepare_tokens',
-           'check_rows', 'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts',
-           'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates',
-           'due', 'peak_flops', 'pretrain', 'say', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
+__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'BATCH_EXPONENT', 'SHARD_TOKENS', 'UNIMPORTANT', 'PEAK_FLOPS',
+           'scaling_parameters', 'best_batch', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
+           'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save', 'stop', 'update', 'finish',
+           'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches', 'validation_rows',
+           'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model',
+           'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain', 'say', 'pretraining_step', 'record',
+           'base_metrics', 'mfu', 'run_base']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -70,8 +71,8 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, t
               warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
     """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
 
-    `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for values that
-    cannot be meant: ratio 0, negative counts, a batch that is no multiple of the sequence length.
+    `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for values that cannot
+    be meant: ratio 0, negative counts.
     """
     _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale)
     parameters = scaling_parameters(config)
@@ -104,9 +105,6 @@ def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr
     for name, value in (("steps", steps), ("total_batch_tokens", total_batch_tokens), ("warmup_steps", warmup_steps)):
         if value < 0:
             raise UserError(f"{name} must not be negative, but is {value} (0 leaves it to the rule)")
-    if total_batch_tokens % config.sequence_len:
-        raise UserError(f"total_batch_tokens {total_batch_tokens} is no multiple of sequence_len {config.sequence_len}; "
-                        f"try {max(1, round(total_batch_tokens / config.sequence_len)) * config.sequence_len}")
 
 # %% ../nbs/11_pretraining.ipynb #lr-multiplier
 def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0.65, final: float = 0.05) -> float:
@@ -255,28 +253,35 @@ def finish(loop: TrainingLoop, metrics: dict, parameters: dict, **extra) -> dict
     return summary | {"folder": str(loop.folder)}
 
 # %% ../nbs/11_pretraining.ipynb #documents-needed
-def documents_needed(source: TextSource, tokenizer: Tokenizer, tokens: int, *, sample: int = 256) -> int:
-    """How many documents give `tokens` tokens (and 5% more), judged by the first `sample` of them."""
-    texts = [d.text for d in islice(source.documents("train"), sample)]
-    mean = sum(map(len, tokenizer.encode_batch(texts))) / max(1, len(texts)) + 1
+SHARD_TOKENS = 45_000_000      # a shard of a downloaded corpus gives at least so many
+
+
+def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: int = 256) -> int:
+    """How many documents of the embedded world give `tokens` tokens (and 5% more), judged by `sample` of them."""
+    texts = [d.text for d in open_text(["world"], documents=sample, seed=seed).documents("train")]
+    mean = sum(map(len, tokenizer.encode_batch(texts))) / len(texts) + 1
     return math.ceil(1.05 * tokens / mean)
 
 
 def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], documents: int, seed: int, tokens: int,
                    rt: Runtime) -> tuple[Shards, Shards]:
     """The training and validation shards of a run, written by rank 0 unless they are there."""
-    documents = documents or documents_needed(open_text(text, documents=1000, seed=seed), tokenizer, tokens)
-    source = open_text(text, documents=documents, seed=seed)
-    for split in ("train", "val"):
-        if rt.is_main:
+    if rt.is_main:
+        if "world" in text and not documents:
+            documents = documents_needed(tokenizer, tokens, seed=seed)
+        source = open_text(text, documents=documents, seed=seed, shards=math.ceil(1.05 * tokens / SHARD_TOKENS))
+        for split in ("train", "val"):
             write_shards(source.documents(split), tokenizer, folder / split, source=f"{split} {source.fingerprint()}")
     rt.barrier()
     return open_shards(folder / "train"), open_shards(folder / "val")
 
 # %% ../nbs/11_pretraining.ipynb #check-rows
 def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int, world_size: int) -> None:
-    """Raise UserError unless a batch divides over the ranks."""
+    """Raise UserError unless a batch is whole rows and divides over the ranks."""
     rows = batch_tokens // sequence_len
+    if batch_tokens < sequence_len or batch_tokens % sequence_len:
+        raise UserError(f"total_batch_tokens {batch_tokens} is no multiple of sequence_len {sequence_len}; "
+                        f"try {max(1, rows) * sequence_len}")
     if micro_batch_rows < 1:
         raise UserError(f"micro_batch_rows must be at least 1, not {micro_batch_rows}")
     if rows % world_size:
@@ -320,10 +325,9 @@ def validation_bpb(model, val: Shards, token_bytes, *, rows: int, sequence_len: 
     return bits_per_byte(model, pieces, token_bytes, rt=rt)
 
 # %% ../nbs/11_pretraining.ipynb #opening-prompts
-def opening_prompts(text: list[str], tokenizer: Tokenizer, *, seed: int, count: int = 3, tokens: int = 8) -> list[list[int]]:
+def opening_prompts(val: Shards, *, count: int = 3, tokens: int = 8) -> list[list[int]]:
     """The first tokens of a few validation documents, which samples during training continue."""
-    documents = islice(open_text(text, documents=1000, seed=seed).documents("val"), count)
-    return [tokenizer.encode(d.text, prepend="<|bos|>")[:tokens + 1] for d in documents]
+    return [val.document(i)[:tokens + 1].tolist() for i in range(min(count, val.num_documents))]
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int = 32) -> list[str]:
@@ -401,8 +405,7 @@ def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: S
             loop.metrics.log(step, val_bpb=bpb)
             say(loop, f"step {step}: {bpb:.3f} bits per byte on validation text")
         if rt.is_main and (last or due(step, p["sample_every"])):
-            prompts = opening_prompts(p["text"], tokenizer, seed=p["seed"])
-            loop.metrics.log(step, samples=sample_texts(loop.model, tokenizer, prompts))
+            loop.metrics.log(step, samples=sample_texts(loop.model, tokenizer, opening_prompts(val)))
 
     for step in training_steps(loop):
         look(step)

@@ -181,6 +181,8 @@ def check_rl(p: dict, rt: Runtime) -> None:
     for name in ("prompts_per_step", "max_new_tokens", "micro_batch_rows", "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
+    if p["steps"] < 0 or p["lr_fraction"] <= 0:
+        raise UserError(f"steps {p['steps']} must not be negative, and lr_fraction {p['lr_fraction']} must be positive")
     if p["prompts_per_step"] % rt.world_size:
         raise UserError(f"prompts_per_step {p['prompts_per_step']} does not divide over {rt.world_size} ranks")
 

@@ -144,6 +144,8 @@ def run_sft(*, run: str = "", conversations: list[str] = [], conversation_epochs
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
     folder = open_run(run, rt)
+    if lr_fraction <= 0:
+        raise UserError(f"lr_fraction must be positive, not {lr_fraction}")
     everything = mixture | {path: conversation_epochs for path in conversations}
     train, val = (open_mixture(everything, split, data=data, examples=n, seed=seed)
                   for split, n in (("train", examples), ("val", eval_examples)))

@@ -1,0 +1,244 @@
+"""Training stages killed and resumed, cut into pieces, and split over two processes: always the same run."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanochat_nb.pretraining as pretraining
+import nanochat_nb.rl as rl
+import nanochat_nb.sft as sft
+from nanochat_nb.checkpoint import list_checkpoints, load_checkpoint
+from nanochat_nb.runtime import UserError
+from nanochat_nb.tokenizer import run_tokenizer
+
+BASE = dict(depth=1, head_dim=32, sequence_len=192, total_batch_tokens=768, steps=9, documents=600, eval_every=4,
+            eval_batches=2, sample_every=5, save_every=2, keep=10, dtype="float32", device="cpu")
+SFT = dict(mixture={"identity": 2.0, "letters": 1.5, "choice": 1.0}, examples=12, steps=6, eval_every=2,
+           eval_examples=4, save_every=2, keep=10, dtype="float32", device="cpu")
+RL = dict(tasks=["choice", "letters"], examples=12, prompts_per_step=4, samples_per_prompt=4, steps=5, max_new_tokens=8,
+          eval_prompts=4, eval_samples=2, eval_every=2, save_every=2, keep=10, dtype="float32", device="cpu")
+STAGES = {"base": (pretraining.run_base, BASE, pretraining), "sft": (sft.run_sft, SFT, sft), "rl": (rl.run_rl, RL, rl)}
+TIMINGS = {"seconds", "tokens_per_second"}
+
+
+def even_length(self, conversation, text):
+    """A reward that an untrained model earns now and then, so that groups differ: an even number of characters."""
+    return float(len(text) % 2 == 0)
+
+
+@pytest.fixture(autouse=True)
+def easy_reward(monkeypatch):
+    monkeypatch.setattr("nanochat_nb.tasks.Task.reward", even_length)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of all three stages."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_tokenizer(run=str(folder), vocab_size=512, documents=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat_nb.tasks.Task.reward", even_length)
+        for run_stage, options, _ in STAGES.values():
+            run_stage(run=str(folder), **options)
+    return folder
+
+
+def copy_before(whole: Path, stage: str, to: Path) -> Path:
+    """The run as it was before `stage` began."""
+    for name in ("tokenizer", "tokens", *list(STAGES)[:list(STAGES).index(stage)]):
+        if name != "tokens" or stage != "base":
+            shutil.copytree(whole / name, to / name)
+    return to
+
+
+def rows(folder: Path, stage: str) -> list[dict]:
+    lines = (folder / "metrics" / f"{stage}.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def assert_same_weights(a: Path, b: Path, stage: str):
+    a, b = load_checkpoint(a / stage), load_checkpoint(b / stage)
+    assert a.step == b.step
+    for name in a.model_state:
+        assert torch.equal(a.model_state[name], b.model_state[name]), name
+    for name in a.optimizer_state:
+        assert torch.equal(a.optimizer_state[name], b.optimizer_state[name]), name
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("where", ["before the update", "in the save", "after the last save"])
+def test_killed_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, stage, where):
+    """Weights and optimizer to the last bit, metrics but for timings."""
+    run_stage, options, module = STAGES[stage]
+    folder = copy_before(whole, stage, tmp_path)
+    owner, name = {"before the update": (module, "update"), "in the save": (pretraining, "save_checkpoint"),
+                   "after the last save": (module, "finish")}[where]
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == {"before the update": 4, "in the save": 2, "after the last save": 1}[where]:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(Killed):
+        run_stage(run=str(folder), **options)
+    monkeypatch.setattr(owner, name, original)
+    run_stage(run=str(folder), **options)
+    assert_same_weights(whole, folder, stage)
+    assert rows(whole, stage) == rows(folder, stage)
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
+    """The one before it is resumed from, and the end is the same."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    last = list_checkpoints(tmp_path / "base")[-1]
+    with open(last / "model.safetensors", "r+b") as f:
+        f.seek(-8, os.SEEK_END)
+        f.write(b"\1" * 8)
+    pretraining.run_base(run=str(tmp_path), **BASE)
+    assert_same_weights(whole, tmp_path, "base")
+
+
+def test_other_parameters_do_not_continue_a_checkpoint(whole, tmp_path, capsys):
+    """They begin afresh, and the old checkpoints are kept aside; what only watches may change."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    pretraining.run_base(run=str(tmp_path), **BASE | dict(eval_every=3, save_every=4, micro_batch_rows=2))
+    assert "resumed at step 9 of 9" in capsys.readouterr().out
+    pretraining.run_base(run=str(tmp_path), **BASE | dict(steps=3))
+    assert load_checkpoint(tmp_path / "base").step == 3
+    assert load_checkpoint(tmp_path / "base.old").step == 9
+
+
+def test_micro_batches_do_not_change_the_loss(whole, tmp_path):
+    for stage in ("base", "sft"):
+        run_stage, options, _ = STAGES[stage]
+        folder = copy_before(whole, stage, tmp_path / stage)
+        run_stage(run=str(folder), **options | dict(micro_batch_rows=3))
+        assert_close(rows(whole, stage), rows(folder, stage))
+
+
+def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-4):
+    """Equal rows, numbers to `tolerance`; sampled texts aside."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for key in x.keys() - {"samples"}:
+            assert x[key] == pytest.approx(y[key], abs=tolerance), (key, x["step"])
+
+
+def test_nan_stops_with_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
+    folder = copy_before(whole, "base", tmp_path)
+    original, calls = pretraining.accumulate, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        return float("nan") if len(calls) == 6 else original(*args, **kwargs)
+
+    monkeypatch.setattr(pretraining, "accumulate", poisoned)
+    with pytest.raises(UserError, match="nan at step 5.*step_00000004"):
+        pretraining.run_base(run=str(folder), **BASE)
+    monkeypatch.setattr(pretraining, "accumulate", original)
+    pretraining.run_base(run=str(folder), **BASE)
+    assert_same_weights(whole, folder, "base")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(depth=0), "depth must be at least 1"), (dict(steps=0, token_ratio=0), "token_ratio"),
+    (dict(total_batch_tokens=1000), "no multiple of sequence_len"), (dict(micro_batch_rows=0), "micro_batch_rows"),
+    (dict(documents=3), "corpus is too small"), (dict(lr_scale=-1), "lr_scale"), (dict(text=["wrold"]), "world")])
+def test_bad_parameters_of_pretraining(whole, tmp_path, change, message):
+    folder = copy_before(whole, "base", tmp_path)
+    with pytest.raises(UserError, match=message):
+        pretraining.run_base(run=str(folder), **BASE | change)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(mixture={"identiy": 1.0}), "identity"), (dict(mixture={}), "nothing to learn"),
+    (dict(conversations=["absent.jsonl"]), "absent.jsonl"), (dict(steps=0, epochs=0), "nothing to do"),
+    (dict(total_batch_tokens=100), "no multiple"), (dict(lr_fraction=0), "lr_fraction")])
+def test_bad_parameters_of_fine_tuning(whole, tmp_path, change, message):
+    folder = copy_before(whole, "sft", tmp_path)
+    with pytest.raises(UserError, match=message):
+        sft.run_sft(run=str(folder), **SFT | change)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tasks=["leters"]), "letters"), (dict(tasks=[]), "at least one task"), (dict(samples_per_prompt=1), "samples_per_prompt"),
+    (dict(advantage="best"), "advantage"), (dict(steps=-1), "steps"), (dict(eval_prompts=0), "eval_prompts")])
+def test_bad_parameters_of_rl(whole, tmp_path, change, message):
+    folder = copy_before(whole, "rl", tmp_path)
+    with pytest.raises(UserError, match=message):
+        rl.run_rl(run=str(folder), **RL | change)
+
+
+def test_a_named_run_needs_the_stage_before(tmp_path):
+    for run_stage, options, _ in STAGES.values():
+        with pytest.raises(UserError):
+            run_stage(run=str(tmp_path), **options)
+
+
+def test_checkpoint_of_another_tokenizer(whole, tmp_path):
+    folder = copy_before(whole, "sft", tmp_path)
+    run_tokenizer(run=str(folder), vocab_size=500, documents=300)
+    with pytest.raises(UserError, match="another tokenizer"):
+        sft.run_sft(run=str(folder), **SFT)
+
+
+def test_own_conversations_are_learned_and_held_out(whole, tmp_path):
+    folder = copy_before(whole, "sft", tmp_path)
+    lines = [[{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}!"}] for i in range(60)]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    result = sft.run_sft(run=str(folder), **SFT | dict(mixture={}, conversations=[str(folder / "own.jsonl")], conversation_epochs=2.0))
+    assert 80 <= result["mixture"]["own"] < 120 and result["mixture"]["own"] % 2 == 0
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import test_training as t
+import nanochat_nb.tasks
+nanochat_nb.tasks.Task.reward = t.even_length
+for stage in {stages!r}:
+    run_stage, options, _ = t.STAGES[stage]
+    run_stage(run={folder!r}, **options)
+"""
+
+
+def on_two_ranks(folder: Path, stages: list[str]) -> None:
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), stages=stages, folder=str(folder)), "utf-8")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def test_two_ranks_are_one_run(whole, tmp_path):
+    """Same losses to 1e-4 on two gloo ranks; then one rank goes on from the two ranks' checkpoint."""
+    folder = copy_before(whole, "base", tmp_path)
+    on_two_ranks(folder, ["base", "sft"])
+    for stage in ("base", "sft"):
+        assert_close(rows(whole, stage), rows(folder, stage))
+    for path in list_checkpoints(folder / "base"):
+        if int(path.name[5:]) > 4:
+            shutil.rmtree(path)
+    pretraining.run_base(run=str(folder), **BASE)
+    assert_close(rows(whole, "base"), rows(folder, "base"))
+
+
+def test_rl_on_two_ranks(whole, tmp_path):
+    """Each rank answers every second question with the random numbers that question has anywhere."""
+    folder = copy_before(whole, "rl", tmp_path)
+    on_two_ranks(folder, ["rl"])
+    one, two = rows(whole, "rl"), rows(folder, "rl")
+    assert [r for r in one if r["step"] == 0] == [pytest.approx(r, abs=1e-4) for r in two if r["step"] == 0]
+    assert len(one) == len(two)
