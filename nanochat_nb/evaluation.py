@@ -33,10 +33,10 @@ __all__ = ['CORE_SIZE', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits
            'read_core', 'core_rows', 'few_shot', 'core_prompts', 'Question', 'common_prefix', 'core_question', 'crop',
            'span_scores', 'score_plain', 'score_shared', 'branch', 'halving', 'score_questions', 'right',
            'evaluate_core_task', 'evaluate_core', 'pick_letters', 'write_answers', 'answer_text', 'reference',
-           'constant_score', 'ngram_answers', 'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint',
-           'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram', 'open_tasks',
-           'write_records', 'score_line', 'examine_base', 'examine_chat', 'run_eval', 'check_request', 'Stopwatch',
-           'finish_eval']
+           'constant_score', 'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore',
+           'open_checkpoint', 'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram',
+           'open_tasks', 'write_records', 'score_line', 'examine_base', 'examine_chat', 'run_eval', 'check_request',
+           'Stopwatch', 'finish_eval']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -490,7 +490,23 @@ def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[di
         out.append(max(score, key=score.get) if score else row["letters"][0])
     return out
 
-# %% ../nbs/10_evaluation.ipynb #ngram-score
+# %% ../nbs/10_evaluation.ipynb #transcript
+def transcript(conversation: dict) -> str:
+    """All turns before the last as text; a single question stands alone, longer ones say who speaks."""
+    turns = conversation["messages"][:-1]
+    if len(turns) == 1:
+        return text_of(turns[0]["content"])
+    return "\n".join(f"{m['role']}: {text_of(m['content'])}" for m in turns)
+
+
+def by_topic(records: Sequence[dict]) -> dict[str, dict]:
+    """Accuracy and number of the records of each topic, when there is more than one."""
+    groups: dict[str, list[bool]] = {}
+    for r in sorted(records, key=lambda r: str(r["topic"])):
+        groups.setdefault(str(r["topic"]), []).append(r["correct"])
+    return {t: {"accuracy": sum(g) / len(g), "n": len(g)} for t, g in groups.items()} if len(groups) > 1 else {}
+
+
 def ngram_score(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict], max_new_tokens: int) -> float:
     """The accuracy of the n-gram model on `rows`."""
     answers = ngram_answers(lm, tokenizer, task, rows, max_new_tokens)
@@ -502,7 +518,8 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     """Score `task`: accuracy, standard error, baselines, and a record of every row.
 
     Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n, chance, constant,
-    ngram (None without a model), kind, source, tokens, records (index, prompt, completion, reference, correct).
+    ngram (None without a model), topics, kind, source, tokens, records (index, topic, prompt, completion, reference,
+    correct).
     """
     rt = rt or Runtime(model.device, model.dtype)
     mine = list(range(rt.rank, len(task), rt.world_size))
@@ -513,7 +530,7 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
         tokens = sum(map(len, prompts))
     else:
         answers, tokens = write_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
-    records = [{"index": i, "prompt": text_of(row["messages"][-2]["content"]), "completion": answer,
+    records = [{"index": i, "topic": row.get("topic", ""), "prompt": transcript(row), "completion": answer,
                 "reference": reference(row), "correct": task.evaluate(row, answer)}
                for i, row, answer in zip(mine, rows, answers)]
     found = ngram_score(ngram, tokenizer, task, rows, max_new_tokens) * len(rows) if ngram and rows else 0.0
@@ -521,7 +538,7 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     records = sorted((r for part in parts for r in part[0]), key=lambda r: r["index"])
     accuracy = sum(r["correct"] for r in records) / len(records)
     return {"accuracy": accuracy, "stderr": standard_error(accuracy, len(records)), "n": len(records),
-            "chance": task.chance, "constant": constant_score(task, [task[i] for i in range(len(task))]),
+            "topics": by_topic(records), "chance": task.chance, "constant": constant_score(task, [task[i] for i in range(len(task))]),
             "ngram": sum(part[2] for part in parts) / len(records) if ngram else None, "kind": task.kind,
             "source": task.source, "tokens": sum(part[1] for part in parts), "records": records}
 
@@ -687,7 +704,7 @@ def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, *, checkpoint: 
 # %% ../nbs/10_evaluation.ipynb #run-eval
 def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64, data: str = "",
              tasks: list[str] = [], max_per_task: int = 8, core: bool = True, core_max_per_task: int = 0,
-             max_new_tokens: int = 48, batch_rows: int = 32, batch_tokens: int = 8192, ngram_tokens: int = 50_000,
+             max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192, ngram_tokens: int = 50_000,
              device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Examine the checkpoint `checkpoint` of `run`; write eval/CHECKPOINT.json and a record of every answer.
 
@@ -709,7 +726,8 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], he
     else:
         found = examine_chat(model, tokenizer, folder, checkpoint=checkpoint, opened=opened, rt=rt, batch_rows=batch_rows,
                              ngram=fit_ngram(tokenizer, source, ngram_tokens, seed), max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    scores = {name: r["accuracy"] for name, r in found["tasks"].items()} | {f"{name}/stderr": r["stderr"] for name, r in found["tasks"].items()}
+    scores = {f"{name}{of}": r[key] for name, r in found["tasks"].items() for of, key in (("", "accuracy"), ("/stderr", "stderr"))}
+    scores |= {f"chat/{topic}": r["accuracy"] for topic, r in found["tasks"].get("chat", {}).get("topics", {}).items()}
     tokens += found.pop("tokens")
     result = found | {"stage": "eval", "checkpoint": checkpoint, "step": meta.get("step"), "parameters": parameters, "skipped": skipped | found["skipped"],
                       "metrics": metrics | scores | found["metrics"], "tokens": tokens, "flops": tokens * model.flops_per_token() / 3,

@@ -26,11 +26,11 @@ from .runtime import MetricsLog, Runtime, UserError, run_folder, start_runtime, 
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
            'NANOCHAT_SOURCE', 'NANOCHAT', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP',
            'STYLE', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name', 'cost',
-           'other_runs', 'headline', 'number', 'duration', 'table', 'percent', 'task_names', 'task_rows', 'loud',
-           'core_table', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts',
+           'other_runs', 'headline', 'number', 'duration', 'table', 'percent', 'task_names', 'task_rows', 'topic_rows',
+           'loud', 'core_table', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts',
            'compare_reports', 'compare', 'ticks', 'tick_label', 'thin', 'line_chart', 'mark', 'bar', 'task_bars',
-           'curves', 'html_table', 'conversations_html', 'cards', 'core_section', 'compression_section', 'page',
-           'miniature', 'run_report', 'main']
+           'curves', 'html_table', 'conversations_html', 'cards', 'core_section', 'compression_section', 'topics_html',
+           'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -215,6 +215,18 @@ def task_rows(report: dict) -> list[list[str]]:
         rows.append([name, *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
     return rows
 
+# %% ../nbs/14_report.ipynb #topic-rows
+def topic_rows(report: dict) -> list[list[str]]:
+    """Per topic of the tasks that have up to eight of them: sft and rl in percent, and the number of questions."""
+    rows = []
+    for name in task_names(report):
+        found = [report["tasks"].get(stage, {}).get(name, {}).get("topics", {}) for stage in ("sft", "rl")]
+        topics = list(dict.fromkeys(t for f in found for t in f))
+        if len(topics) <= 8:
+            rows += [[f"{name}: {t}", *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
+                      str(next(f[t]["n"] for f in found if t in f))] for t in topics]
+    return rows
+
 # %% ../nbs/14_report.ipynb #loud
 def loud(report: dict) -> list[str]:
     """What is not in this report, one sentence each."""
@@ -264,7 +276,8 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
     if report["tasks"].get("base"):
         parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"], core_table(report)))
     parts += ["## Chat tasks", table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report)) if task_names(report)
-              else "No chat task was scored.", *compression_part(report), "## Samples", *sample_parts(report)]
+              else "No chat task was scored.",
+              *([table(["topic", "sft %", "rl %", "n"], topic_rows(report))] if topic_rows(report) else []), *compression_part(report), "## Samples", *sample_parts(report)]
     if others:
         parts += ["## Earlier runs", compare_reports({report["run"]: report} | others)]
     parts += ["## Machine and sources", table(["what", "value"], [[k, ", ".join(v) if isinstance(v, list) else str(v)] for k, v in e.items()]),
@@ -507,6 +520,12 @@ def compression_section(report: dict) -> str:
     rows = [[k, *(number(report["compression"].get(k, {}).get(n)) for n in names), number(metrics.get(f"bpb/{k}"))] for k in kinds]
     return html_table(["kind of text", *(f"{n}, bytes per token" for n in names), "bits per byte (base)"], rows) if rows else "<p>Not measured.</p>"
 
+# %% ../nbs/14_report.ipynb #topics-html
+def topics_html(report: dict) -> str:
+    """Scores by topic, folded away."""
+    rows = topic_rows(report)
+    return f"<details><summary>by topic</summary>{html_table(['topic', 'sft %', 'rl %', 'n'], rows)}</details>" if rows else ""
+
 # %% ../nbs/14_report.ipynb #page
 def page(report: dict, others: dict[str, dict], folder: Path) -> str:
     """The report card as one self-contained HTML page."""
@@ -517,7 +536,7 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
     runs = {report["run"]: report} | others
     keys = list(dict.fromkeys(k for r in runs.values() for k in headline(r)))
     board = [[name, *(f"{headline(r)[k]:.3f}" if k in headline(r) else "–" for k in keys)] for name, r in runs.items()]
-    sections = [("Chat tasks", task_bars(report, others)), ("Text and CORE", core_section(report)),
+    sections = [("Chat tasks", task_bars(report, others) + topics_html(report)), ("Text and CORE", core_section(report)),
                 ("Curves", f'<div class="charts">{curves(folder)}</div>'), ("Compression by kind of text", compression_section(report)),
                 ("Conversations", '<p class="soft">The first question of each task, chosen by that rule and not by taste.</p>' + conversations_html(report)),
                 ("Stages", html_table(["stage", "time", "tokens", "FLOPs", "peak memory"], stages)),
@@ -535,18 +554,19 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
 
 # %% ../nbs/14_report.ipynb #miniature
 def miniature(folder: Path) -> None:
-    """Every stage with its small defaults, in `folder`."""
+    """Every stage in `folder`, even smaller than its defaults: a report wants all of them, not good ones."""
     from nanochat_nb.evaluation import run_eval
     from nanochat_nb.pretraining import run_base
     from nanochat_nb.rl import run_rl
     from nanochat_nb.sft import run_sft
     from nanochat_nb.tokenizer import run_tokenizer
-    run_tokenizer(run=str(folder))
-    run_base(run=str(folder))
-    run_sft(run=str(folder))
-    run_rl(run=str(folder))
+    run_tokenizer(run=str(folder), documents=500)
+    run_base(run=str(folder), depth=1, steps=20, sample_every=0)
+    run_sft(run=str(folder), examples=20, steps=10)
+    run_rl(run=str(folder), steps=2, prompts_per_step=2, samples_per_prompt=2, eval_prompts=4, eval_samples=2)
     for checkpoint in STAGES[1:]:
-        run_eval(run=str(folder), checkpoint=checkpoint)
+        run_eval(run=str(folder), checkpoint=checkpoint, max_per_task=4, held_out_documents=16, ngram_tokens=10_000,
+                 max_new_tokens=48)
 
 
 def run_report(*, run: str = "") -> dict:
