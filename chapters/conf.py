@@ -56,6 +56,7 @@ def prepare_cell(cell: dict) -> dict | None:
     directives, cell["source"] = split_directives("".join(cell["source"]))
     if directives.keys() & {"hide", "default_exp"} or not (cell["source"] or cell["outputs"]):
         return None
+    cell["outputs"] = [o for o in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     metadata = cell.setdefault("metadata", {})
     metadata.pop("jupyter", None)
     tags, myst = metadata.setdefault("tags", []), metadata.setdefault("mystnb", {})
@@ -65,6 +66,9 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["image"] = {"alt": directives["fig-alt"]}
     if "fig-cap" in directives:
         myst["figure"] = {"caption": directives["fig-cap"]}
+    if is_imports(cell["source"]):
+        tags.append("hide-input")
+        myst["code_prompt_show"] = "Show the imports"
     if directives.get("echo") == "false":
         tags.append("remove-input")
     if directives.get("output") == "false":
@@ -74,6 +78,12 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["code_prompt_show"] = "Show the solution" if "solution" in tags else "Show the code"
         myst["code_prompt_hide"] = "Hide it again"
     return cell
+
+
+def is_imports(source: str) -> bool:
+    """Whether a cell does nothing but import, at some length."""
+    lines = [line for line in source.split("\n") if line.strip()]
+    return len(lines) > 4 and all(re.match(r"(from|import|#|\s|\))", line) for line in lines)
 
 
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*$", re.M)
@@ -170,5 +180,5 @@ html_show_sphinx = False
 html_last_updated_fmt = None
 html_theme_options = {
     "show_toc_level": 2, "navigation_with_keys": True, "use_download_button": False, "use_fullscreen_button": False,
-    "home_page_in_toc": True, "extra_footer": "", "pygments_light_style": "tango", "pygments_dark_style": "github-dark",
+    "home_page_in_toc": True, "navbar_persistent": [], "pygments_light_style": "tango", "pygments_dark_style": "github-dark",
 }

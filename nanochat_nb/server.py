@@ -254,13 +254,14 @@ class Sampling(BaseModel):
     model: str = ""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
     max_tokens: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    logprobs: bool | int | None = None
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -311,6 +312,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(x) for x in first["loc"] if x != "body")
+        if first["type"] == "json_invalid":
+            return error_response(400, "the body is not valid JSON")
         return error_response(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
 
     @app.exception_handler(Exception)
@@ -608,7 +611,12 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
         worker = await run_in_threadpool(pool.get, body.model)
         if worker.waiting >= limits.requests:
             raise ApiError(429, "too many requests are waiting", kind="rate_limit_error", headers={"Retry-After": "2"})
-        job, n = prepare(worker, body, limits), body.n or 1
+        if body.logprobs:
+            raise ApiError(400, "logprobs are not available", param="logprobs")
+        n = body.n or 1
+        if n > limits.choices:
+            raise ApiError(400, f"{n} answers in one request; the limit is {limits.choices}", param="n")
+        job = prepare(worker, body, limits)
         if len(job.prompts) > limits.choices:
             raise ApiError(400, f"{len(job.prompts)} answers in one request; the limit is {limits.choices}", param="n")
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default, kind == "chatcmpl")
