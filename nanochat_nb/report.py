@@ -25,11 +25,13 @@ from .runtime import MetricsLog, Runtime, UserError, run_folder, start_runtime, 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
            'NANOCHAT_SOURCE', 'NANOCHAT', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP',
-           'STYLE', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name', 'cost',
-           'other_runs', 'headline', 'number', 'duration', 'table', 'percent', 'task_names', 'task_rows', 'topic_rows',
-           'loud', 'core_table', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts',
-           'compare_reports', 'compare', 'ticks', 'tick_label', 'thin', 'line_chart', 'mark', 'bar', 'task_bars',
-           'curves', 'html_table', 'conversations_html', 'cards', 'core_section', 'compression_section', 'topics_html',
+           'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name',
+           'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'percent', 'task_names', 'task_rows',
+           'topic_rows', 'loud', 'core_table', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
+           'sample_parts', 'quoted', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin',
+           'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars',
+           'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
+           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
            'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
@@ -263,24 +265,22 @@ def core_line(report: dict) -> str:
 # %% ../nbs/14_report.ipynb #markdown
 def markdown(report: dict, others: dict[str, dict]) -> str:
     """The report card as Markdown."""
-    e, c = report["environment"], report["cost"]
-    machine = ", ".join(dict.fromkeys(e["gpus"])) or f"{e['cpu']}, {e['cores']} cores"
-    stages = [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]), number(x["flops"]),
-               f"{x['peak_memory_bytes'] / 2**30:.2f}"] for s, x in report["stages"].items()]
-    base = report["stages"]["base"]["metrics"]
+    c, base, topics = report["cost"], report["stages"]["base"]["metrics"], topic_rows(report)
     parts = [f"# Report card of {report['run']}",
-             f"{e['date']}, on {machine}. {duration(c['seconds'])} in all, about {1000 * c['energy_kwh']:.0f} Wh and "
-             f"${c['usd']:.2f} ({c['assumed']}).", *(f"**{line}**" for line in loud(report)),
-             "## Stages", table(["stage", "time", "tokens", "FLOPs", "GiB"], stages),
+             f"{report['environment']['date']}, on {machine(report)}. {duration(c['seconds'])} in all, about "
+             f"{energy(c['energy_kwh'])} and ${c['usd']:.2f} ({c['assumed']}).",
+             *(f"**{line}**" for line in loud(report)),
+             "## Stages", table(["stage", "time", "tokens", "FLOPs", "GiB"], stage_rows(report)),
              "## Text", f"Held-out text: {number(base.get('val_bpb'))} bits per byte. {core_line(report)}"]
     if report["tasks"].get("base"):
         parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"], core_table(report)))
-    parts += ["## Chat tasks", table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report)) if task_names(report)
-              else "No chat task was scored.",
-              *([table(["topic", "sft %", "rl %", "n"], topic_rows(report))] if topic_rows(report) else []), *compression_part(report), "## Samples", *sample_parts(report)]
+    scores = table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
+    parts += ["## Chat tasks", scores if task_names(report) else "No chat task was scored."]
+    parts += [table(["topic", "sft %", "rl %", "n"], topics)] if topics else []
+    parts += [*compression_part(report), "## Samples", *sample_parts(report)]
     if others:
         parts += ["## Earlier runs", compare_reports({report["run"]: report} | others)]
-    parts += ["## Machine and sources", table(["what", "value"], [[k, ", ".join(v) if isinstance(v, list) else str(v)] for k, v in e.items()]),
+    parts += ["## Machine and sources", table(["what", "value"], environment_rows(report)),
               f"{GPT2_SOURCE}. {NANOCHAT_SOURCE}. " + " ".join(f"{k}: <{v}>." for k, v in SOURCES.items())]
     return "\n\n".join(parts) + "\n"
 
@@ -316,9 +316,13 @@ def sample_parts(report: dict, most: int = 8) -> list[str]:
     out = [f"The first question of each task, answered by `{stage}`; chosen by that rule, not by taste."]
     for s in report["samples"][stage][:most]:
         verdict = "" if "correct" not in s else " (right)" if s["correct"] else " (wrong)"
-        quote = "\n".join("> " + line for line in (readable(s["completion"])[:400] or "…").split("\n"))
-        out.append(f"**{s['task']}**{verdict}: {s['prompt'][:400]}\n\n{quote}")
+        out.append(f"**{s['task']}**{verdict}\n\n{quoted(s['prompt'])}\n\nanswered\n\n{quoted(readable(s['completion']))}")
     return out
+
+
+def quoted(text: str, most: int = 400) -> str:
+    """The first `most` characters as a Markdown quotation, inside which even an open code fence ends."""
+    return "\n".join("> " + line for line in (text[:most] or "…").split("\n"))
 
 # %% ../nbs/14_report.ipynb #compare-reports
 SMALL_IS_GOOD = ("val_bpb", "minutes")
@@ -362,6 +366,18 @@ def tick_label(value: float) -> str:
     """A tick's number without needless zeros."""
     return number(value) if abs(value) >= 1e4 else f"{value:g}"
 
+# %% ../nbs/14_report.ipynb #tag
+def tag(name: str, *content: str, cls: str = "", **attributes) -> str:
+    """An HTML element around `content`, which is markup already; attribute values are escaped here."""
+    given = ({"class": cls} if cls else {}) | {k.replace("_", "-"): v for k, v in attributes.items()}
+    inside = "".join(f' {k}="{html.escape(str(v))}"' for k, v in given.items())
+    return f"<{name}{inside}>{''.join(content)}</{name}>"
+
+
+def legend(pairs: Iterable[tuple[str, str]]) -> str:
+    """What each colour or mark means."""
+    return tag("div", *(tag("span", tag("i", cls=cls), html.escape(text)) for cls, text in pairs), cls="legend")
+
 # %% ../nbs/14_report.ipynb #thin
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 220, 46, 30, 12
 
@@ -373,8 +389,9 @@ def thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[f
     return [tuple(sum(v) / len(g) for v in zip(*g)) for g in groups]
 
 
-def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, x: str = "step", zero: bool = False) -> str:
-    """Curves (lists of (x, y)) as a self-contained figure with axes, a legend and a spoken title; "" without points."""
+def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, x: str = "step",
+               zero: bool = False) -> str:
+    """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title; "" without points."""
     curves = {name: thin(points) for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -383,46 +400,81 @@ def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, 
     high = high if high > low else low + 1
     px = lambda v: LEFT + (v - min(xs)) / ((max(xs) - min(xs)) or 1) * (WIDTH - LEFT - 8)
     py = lambda v: HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
-    marks = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>'
-             f'<text x="{LEFT - 6}" y="{py(t) + 4:.1f}" text-anchor="end">{tick_label(t)}</text>' for t in ticks(low, high, 4)]
-    marks += [f'<text x="{px(t):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick_label(t)}</text>' for t in ticks(min(xs), max(xs), 4)]
-    lines = [f'<polyline class="c{i % 6}" points="{" ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in points)}"/>'
-             + (f'<circle class="c{i % 6}" cx="{px(points[0][0]):.1f}" cy="{py(points[0][1]):.1f}" r="3"/>' if len(points) == 1 else "")
-             for i, points in enumerate(curves.values())]
-    legend = "".join(f'<span><i class="b{i % 6}"></i>{html.escape(name)}</span>' for i, name in enumerate(curves))
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="'
-            f'{html.escape(title)} by {x}">{"".join(marks + lines)}<text x="{WIDTH - 8}" y="{HEIGHT - 1}" text-anchor="end">{x}'
-            f'</text></svg><div class="legend">{legend}</div></figure>')
+    grid = [svg_line(py(t)) + svg_text(LEFT - 6, py(t) + 4, tick_label(t), "end") for t in ticks(low, high, 4)]
+    grid += [svg_text(px(t), HEIGHT - 12, tick_label(t), "middle") for t in ticks(min(xs), max(xs), 4)]
+    lines = [svg_curve([(px(a), py(b)) for a, b in points], i % 6) for i, points in enumerate(curves.values())]
+    drawing = tag("svg", *grid, *lines, svg_text(WIDTH - 8, HEIGHT - 1, x, "end"), viewBox=f"0 0 {WIDTH} {HEIGHT}",
+                  role="img", aria_label=f"{title} by {x}")
+    return tag("figure", tag("figcaption", html.escape(title)), drawing,
+               legend((f"b{i % 6}", name) for i, name in enumerate(curves)))
+
+
+def svg_line(y: float) -> str:
+    """A horizontal grid line."""
+    return f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def svg_text(x: float, y: float, text: str, anchor: str) -> str:
+    """A label."""
+    return tag("text", html.escape(text), x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
+
+
+def svg_curve(points: Sequence[tuple[float, float]], colour: int) -> str:
+    """A line through `points` on the drawing; a dot when there is only one."""
+    if len(points) == 1:
+        (x, y), = points
+        return f'<circle class="c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline class="c{colour}" points="{path}"/>'
 
 # %% ../nbs/14_report.ipynb #mark
 def mark(kind: str, value: float | None) -> str:
     """A baseline's mark on a bar's track."""
-    return "" if value is None else f'<i class="{kind}" style="left:{100 * min(1, max(0, value)):.1f}%" title="{kind} {percent(value)}%"></i>'
+    if value is None:
+        return ""
+    left = 100 * min(1, max(0, value))
+    return tag("i", cls=kind, style=f"left:{left:.1f}%", title=f"{kind} {percent(value)}%")
 
 
 def bar(label: str, colour: int, score: dict) -> str:
     """One bar: label, track with score, error and marks, and the number in words."""
     a, se = score["accuracy"], score.get("stderr") or 0.0
     low, high = max(0.0, a - se), min(1.0, a + se)
-    return (f'<div class="bar"><span>{html.escape(label)}</span><div class="track"><b class="b{colour}" style="width:{100 * a:.1f}%"></b>'
-            f'<em style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></em>{mark("chance", score.get("chance") or None)}'
-            f'{mark("constant", score.get("constant"))}{mark("ngram", score.get("ngram"))}</div>'
-            f'<span>{percent(a)}{f" ± {percent(se)}" if se else ""}</span></div>')
+    track = [tag("b", cls=f"b{colour}", style=f"width:{100 * a:.1f}%"),
+             tag("em", style=f"left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%")]
+    track += [mark(kind, score.get(kind) or None) for kind in ("chance", "constant", "ngram")]
+    words = f"{percent(a)} ± {percent(se)}" if se else percent(a)
+    return tag("div", tag("span", html.escape(label)), tag("div", *track, cls="track"),
+               tag("span", words), cls="bar")
+
+# %% ../nbs/14_report.ipynb #last-score
+LEGEND = (("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"), ("key constant", "best constant answer"),
+          ("key ngram", "n-gram model"), ("key chance", "chance"))
+
+
+def last_score(report: dict, name: str) -> dict | None:
+    """A task's score at the last stage that has one."""
+    tasks = report.get("tasks", {})
+    return next((tasks[s][name] for s in ("rl", "sft") if name in tasks.get(s, {})), None)
+
+
+def one_task(report: dict, others: dict[str, dict], name: str) -> str:
+    """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
+    tasks = report["tasks"]
+    bars = [bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
+    for other, theirs in list(others.items())[-4:]:
+        score = last_score(theirs, name)
+        bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
+    bars += [bar(label, 4, {"accuracy": v[name]}) for label, v in NANOCHAT.items() if name in v]
+    return tag("div", tag("h3", html.escape(name)), *bars, cls="task")
 
 
 def task_bars(report: dict, others: dict[str, dict]) -> str:
-    """Bars of every chat task: this run's stages, then the same task in earlier runs and in nanochat's."""
-    blocks = []
-    for name in task_names(report):
-        bars = [bar(stage, i, report["tasks"][stage][name]) for i, stage in enumerate(("sft", "rl")) if name in report["tasks"].get(stage, {})]
-        for other, theirs in list(others.items())[-4:]:
-            score = next((theirs["tasks"][s][name] for s in ("rl", "sft") if name in theirs.get("tasks", {}).get(s, {})), None)
-            bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
-        bars += [bar(label, 4, {"accuracy": values[name]}) for label, values in NANOCHAT.items() if name in values]
-        blocks.append(f'<div class="task"><h3>{html.escape(name)}</h3>{"".join(bars)}</div>')
-    legend = ('<div class="legend"><span><i class="b0"></i>sft</span><span><i class="b1"></i>rl</span><span><i class="key constant"></i>best constant answer</span>'
-              '<span><i class="key ngram"></i>n-gram model</span><span><i class="key chance"></i>chance</span></div>')
-    return legend + f'<div class="tasks">{"".join(blocks)}</div>' if blocks else "<p>No chat task was scored.</p>"
+    """Bars of every chat task, under one legend."""
+    names = task_names(report)
+    if not names:
+        return tag("p", "No chat task was scored.")
+    return legend(LEGEND) + tag("div", *(one_task(report, others, name) for name in names), cls="tasks")
 
 # %% ../nbs/14_report.ipynb #curves
 def curves(folder: Path) -> str:
@@ -441,116 +493,126 @@ def curves(folder: Path) -> str:
 # %% ../nbs/14_report.ipynb #html-table
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table that scrolls sideways on a narrow screen."""
-    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    def line(cells: Iterable, cell: str) -> str:
+        return tag("tr", *(tag(cell, html.escape(str(c))) for c in cells))
+    body = tag("tbody", *(line(row, "td") for row in rows))
+    return tag("div", tag("table", tag("thead", line(header, "th")), body), cls="scroll")
+
+
+def bubble(sample: dict) -> str:
+    """One question and its answer."""
+    verdict = "" if "correct" not in sample else " ✓" if sample["correct"] else " ✗"
+    answer = html.escape(readable(sample["completion"])[:600]) or "…"
+    return tag("div", tag("h3", html.escape(sample["task"]), verdict), tag("p", html.escape(sample["prompt"][:600]), cls="user"),
+               tag("p", answer, cls="model"), cls="chat")
 
 
 def conversations_html(report: dict) -> str:
-    """The first conversation of each task, as each stage answered it."""
-    out = []
+    """The first conversation of each task, as each stage answered it; the last stage unfolded."""
+    out = [tag("p", "The first question of each task, chosen by that rule and not by taste.", cls="soft")]
     for stage in ("rl", "sft", "base"):
-        samples = report["samples"].get(stage)
-        if samples:
-            turns = "".join(
-                f'<div class="chat"><h3>{html.escape(s["task"])}{"" if "correct" not in s else " ✓" if s["correct"] else " ✗"}</h3>'
-                f'<p class="user">{html.escape(s["prompt"][:600])}</p><p class="model">{html.escape(readable(s["completion"])[:600]) or "…"}</p></div>' for s in samples)
-            out.append(f'<details{"" if out else " open"}><summary>{stage}</summary><div class="chats">{turns}</div></details>')
-    return "".join(out) or "<p>No samples were drawn.</p>"
+        if report["samples"].get(stage):
+            chats = tag("div", *map(bubble, report["samples"][stage]), cls="chats")
+            out.append(tag("details", tag("summary", stage), chats, **({"open": ""} if len(out) == 1 else {})))
+    return "".join(out)
 
-# %% ../nbs/14_report.ipynb #style
-STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1d1d1f;--soft:#6b6b70;--line:#d9d9de;--card:#f5f5f7;--warn:#8a3b00;--warnbg:#fff1e2;
---c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#8a6d00;--c4:#9a9aa0;--c5:#cc79a7}
-@media(prefers-color-scheme:dark){:root{--bg:#151518;--fg:#ececf0;--soft:#a2a2aa;--line:#38383f;--card:#1f1f24;--warn:#ffb877;--warnbg:#3a2410;
---c0:#56b4e9;--c1:#ff8f4a;--c2:#2fc99b;--c3:#e6c229;--c4:#85858d;--c5:#e29ac4}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1060px;margin:0 auto;padding:24px 16px 64px}h1{font-size:1.9rem;line-height:1.2;margin:.2em 0}h2{margin:2.2em 0 .6em;font-size:1.25rem}
-h3{margin:0 0 .3em;font-size:.95rem}p{margin:.4em 0}a{color:var(--c0)}.soft{color:var(--soft)}.warn{background:var(--warnbg);color:var(--warn);
-padding:8px 12px;border-radius:8px;margin:6px 0;overflow-wrap:anywhere}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;margin:16px 0}
-.card{background:var(--card);border-radius:10px;padding:12px}.card b{display:block;font-size:1.35rem;line-height:1.3;white-space:nowrap}.card span{color:var(--soft);font-size:.85rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px}figure{margin:0;background:var(--card);border-radius:10px;padding:10px}
-figcaption{font-weight:600;font-size:.95rem}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}.grid{stroke:var(--line)}
-polyline{fill:none;stroke-width:2;stroke-linejoin:round}.legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.82rem;color:var(--soft);margin:.3em 0 .8em}
-.legend span{display:inline-flex;align-items:center;gap:5px}.legend i{width:12px;height:12px;border-radius:3px;display:inline-block}
-.tasks,.chats{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}.task,.chat{background:var(--card);border-radius:10px;padding:10px 12px}
-.bar{display:grid;grid-template-columns:minmax(3.2em,7em) 1fr 6.6em;gap:8px;align-items:center;font-size:.85rem;margin:3px 0}
-.bar>span:first-child{overflow-wrap:anywhere;color:var(--soft)}.bar>span:last-child{text-align:right;font-variant-numeric:tabular-nums}
-.track{position:relative;height:16px;background:color-mix(in srgb,var(--line) 60%,transparent);border-radius:4px}.track b{position:absolute;inset:0 auto 0 0;border-radius:4px}
-.track em{position:absolute;top:6px;height:4px;background:var(--fg);opacity:.45}.track i{position:absolute;top:-3px;width:3px;height:22px;margin-left:-1px}
-.legend i.key{width:3px;height:16px;border-radius:0}.constant{background:var(--fg)}.ngram{background:var(--c2)}i.chance{background:var(--soft);opacity:.6}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;min-width:100%}th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}details{margin:8px 0}summary{cursor:pointer;font-weight:600}
-.user,.model{padding:8px 12px;border-radius:12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}.user{background:color-mix(in srgb,var(--c0) 18%,transparent);margin-left:8%}
-.model{background:color-mix(in srgb,var(--line) 55%,transparent);margin-right:8%}
-""" + "".join(f".b{i}{{background:var(--c{i})}}.c{i}{{stroke:var(--c{i})}}" for i in range(6))
+# %% ../nbs/14_report.ipynb #energy
+def energy(kwh: float) -> str:
+    """Energy in words."""
+    return f"{kwh:.1f} kWh" if kwh >= 1 else f"{1000 * kwh:.2g} Wh"
 
-# %% ../nbs/14_report.ipynb #cards
+
 def cards(report: dict) -> str:
     """The headline numbers, large."""
-    head, stages = headline(report), report["stages"]
+    head, stages, spent = headline(report), report["stages"].values(), report["cost"]
     last = next((s for s in ("rl", "sft") if report["tasks"].get(s)), None)
-    shown = [(number(head.get("val_bpb")), "bits per byte, held-out text"),
-             (f"{head['core']:.3f}" if "core" in head else f"({head['core_partial']:.3f})" if "core_partial" in head else "–",
-              "CORE" if "core" in head or "core_partial" not in head else f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE"),
-             (number(head.get("chatcore_embedded", head.get("chatcore"))), f"chat tasks after {last}, centered mean" if last else "chat tasks"),
-             (number(sum(s["tokens"] for s in stages.values())), "tokens trained on"),
-             (number(sum(s["flops"] for s in stages.values())), "floating-point operations"),
-             (duration(report["cost"]["seconds"]), "in all"),
-             (f"{1000 * report['cost']['energy_kwh']:.0f} Wh" if report["cost"]["energy_kwh"] < 1 else f"{report['cost']['energy_kwh']:.1f} kWh", "energy, estimated"),
-             (f"${report['cost']['usd']:.2f}", "rent, estimated")]
-    return '<div class="cards">' + "".join(f'<div class="card"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>' for v, k in shown) + "</div>"
+    core = (f"{head['core']:.3f}", "CORE") if "core" in head else ("–", "CORE")
+    if "core_partial" in head:
+        core = (f"({head['core_partial']:.3f})", f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
+    shown = [(number(head.get("val_bpb")), "bits per byte, held-out text"), core,
+             (number(head.get("chatcore_embedded", head.get("chatcore"))),
+              f"chat tasks after {last}, centered mean" if last else "chat tasks"),
+             (number(sum(s["tokens"] for s in stages)), "tokens trained on"),
+             (number(sum(s["flops"] for s in stages)), "floating-point operations"),
+             (duration(spent["seconds"]), "in all"), (energy(spent["energy_kwh"]), "energy, estimated"),
+             (f"${spent['usd']:.2f}", "rent, estimated")]
+    return tag("div", *(tag("div", tag("b", v), tag("span", k), cls="card") for v, k in shown), cls="cards")
 
 # %% ../nbs/14_report.ipynb #core-section
 def core_section(report: dict) -> str:
-    """CORE beside GPT-2's published figures."""
-    metrics = report["stages"]["base"]["metrics"]
-    here = [{"accuracy": metrics["core"]}] if "core" in metrics else []
-    bars = [bar("this run", 0, s) for s in here] + [bar(name, 4, {"accuracy": v["core"]}) for name, v in (GPT2 | NANOCHAT).items() if "core" in v]
-    rows = core_table(report)
-    return (f"<p>{html.escape(core_line(report))}</p><div class='task'><h3>CORE, in hundredths</h3>{''.join(bars)}</div>"
-            + (html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows) if rows else ""))
+    """CORE beside GPT-2's and nanochat's published figures."""
+    metrics, rows = report["stages"]["base"]["metrics"], core_table(report)
+    bars = [bar("this run", 0, {"accuracy": metrics["core"]})] if "core" in metrics else []
+    bars += [bar(name, 4, {"accuracy": v["core"]}) for name, v in (GPT2 | NANOCHAT).items() if "core" in v]
+    below = html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows) if rows else ""
+    return tag("p", html.escape(core_line(report))) + tag("div", tag("h3", "CORE, in hundredths"), *bars, cls="task") + below
 
 
 def compression_section(report: dict) -> str:
     """Bytes per token and bits per byte for each kind of text."""
-    metrics = report["stages"]["base"]["metrics"]
-    names = tokenizers(report)
-    kinds = list(dict.fromkeys([*report["compression"], *(k[4:] for k in metrics if k.startswith("bpb/"))]))
-    rows = [[k, *(number(report["compression"].get(k, {}).get(n)) for n in names), number(metrics.get(f"bpb/{k}"))] for k in kinds]
-    return html_table(["kind of text", *(f"{n}, bytes per token" for n in names), "bits per byte (base)"], rows) if rows else "<p>Not measured.</p>"
+    metrics, names, table = report["stages"]["base"]["metrics"], tokenizers(report), report["compression"]
+    kinds = list(dict.fromkeys([*table, *(k[4:] for k in metrics if k.startswith("bpb/"))]))
+    rows = [[kind, *(number(table.get(kind, {}).get(n)) for n in names), number(metrics.get(f"bpb/{kind}"))] for kind in kinds]
+    header = ["kind of text", *(f"{n}, bytes per token" for n in names), "bits per byte (base)"]
+    return html_table(header, rows) if rows else tag("p", "Not measured.")
 
 # %% ../nbs/14_report.ipynb #topics-html
 def topics_html(report: dict) -> str:
     """Scores by topic, folded away."""
     rows = topic_rows(report)
-    return f"<details><summary>by topic</summary>{html_table(['topic', 'sft %', 'rl %', 'n'], rows)}</details>" if rows else ""
+    return tag("details", tag("summary", "by topic"), html_table(["topic", "sft %", "rl %", "n"], rows)) if rows else ""
+
+
+def stage_rows(report: dict) -> list[list[str]]:
+    """Per stage: time, tokens, FLOPs and peak memory."""
+    return [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]), number(x["flops"]),
+             f"{x['peak_memory_bytes'] / 2**30:.2f}"] for s, x in report["stages"].items()]
+
+
+def environment_rows(report: dict) -> list[list[str]]:
+    """The machine, in words."""
+    return [[k, ", ".join(v) if isinstance(v, list) else str(v)] for k, v in report["environment"].items()]
+
+
+def machine(report: dict) -> str:
+    """What it ran on, in a few words."""
+    e = report["environment"]
+    return ", ".join(dict.fromkeys(e["gpus"])) or f"{e['cpu']}, {e['cores']} cores"
+
+# %% ../nbs/14_report.ipynb #leaderboard
+def leaderboard(report: dict, others: dict[str, dict]) -> str:
+    """All runs of the folder, one row each."""
+    heads = {name: headline(r) for name, r in ({report["run"]: report} | others).items()}
+    keys = list(dict.fromkeys(k for head in heads.values() for k in head))
+    rows = [[name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)] for name, head in heads.items()]
+    return html_table(["run", *keys], rows) if others else tag("p", "There are none yet.")
+
+
+def sources() -> str:
+    """Where the published figures come from."""
+    links = (tag("p", f"{name}: ", tag("a", url, href=url)) for name, url in SOURCES.items())
+    return "".join((*(tag("p", html.escape(s) + ".") for s in (GPT2_SOURCE, NANOCHAT_SOURCE)), *links))
 
 # %% ../nbs/14_report.ipynb #page
 def page(report: dict, others: dict[str, dict], folder: Path) -> str:
     """The report card as one self-contained HTML page."""
-    e = report["environment"]
-    machine = ", ".join(dict.fromkeys(e["gpus"])) or f"{e['cpu']}, {e['cores']} cores"
-    stages = [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]), number(x["flops"]),
-               f"{x['peak_memory_bytes'] / 2**30:.2f} GiB"] for s, x in report["stages"].items()]
-    runs = {report["run"]: report} | others
-    keys = list(dict.fromkeys(k for r in runs.values() for k in headline(r)))
-    board = [[name, *(f"{headline(r)[k]:.3f}" if k in headline(r) else "–" for k in keys)] for name, r in runs.items()]
-    sections = [("Chat tasks", task_bars(report, others) + topics_html(report)), ("Text and CORE", core_section(report)),
-                ("Curves", f'<div class="charts">{curves(folder)}</div>'), ("Compression by kind of text", compression_section(report)),
-                ("Conversations", '<p class="soft">The first question of each task, chosen by that rule and not by taste.</p>' + conversations_html(report)),
-                ("Stages", html_table(["stage", "time", "tokens", "FLOPs", "peak memory"], stages)),
-                ("Runs beside this one", html_table(["run", *keys], board) if others else "<p>There are none yet.</p>"),
-                ("Machine", html_table(["what", "value"], [[k, ", ".join(v) if isinstance(v, list) else v] for k, v in e.items()])
-                 + f'<p class="soft">Cost is an estimate from {html.escape(report["cost"]["assumed"])}.</p>'),
-                ("Sources", "".join(f"<p>{html.escape(s)}.</p>" for s in (GPT2_SOURCE, NANOCHAT_SOURCE))
-                 + "".join(f'<p>{k}: <a href="{v}">{v}</a></p>' for k, v in SOURCES.items()))]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
-    warnings = "".join(f'<p class="warn">{html.escape(line)}</p>' for line in loud(report))
-    name = html.escape(report["run"])
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>Report card of {name}</title><style>{STYLE}</style></head><body><main><p class='soft'>nanochat_nb · report card</p><h1>{name}</h1>"
-            f"<p class='soft'>{html.escape(e['date'])} · {html.escape(machine)}</p>{cards(report)}{warnings}{body}</main></body></html>\n")
+    style = (Path(nanochat_nb.__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
+    estimate = tag("p", f"Cost is an estimate from {html.escape(report['cost']['assumed'])}.", cls="soft")
+    sections = {"Chat tasks": task_bars(report, others) + topics_html(report), "Text and CORE": core_section(report),
+                "Curves": tag("div", curves(folder), cls="charts"),
+                "Compression by kind of text": compression_section(report),
+                "Conversations": conversations_html(report),
+                "Stages": html_table(["stage", "time", "tokens", "FLOPs", "peak memory, GiB"], stage_rows(report)),
+                "Runs beside this one": leaderboard(report, others),
+                "Machine": html_table(["what", "value"], environment_rows(report)) + estimate, "Sources": sources()}
+    name, date = html.escape(report["run"]), report["environment"]["date"]
+    body = tag("main", tag("p", "nanochat_nb · report card", cls="soft"), tag("h1", name),
+               tag("p", html.escape(f"{date} · {machine(report)}"), cls="soft"), cards(report),
+               *(tag("p", html.escape(line), cls="warn") for line in loud(report)),
+               *(tag("section", tag("h2", title), content) for title, content in sections.items()))
+    head = tag("head", '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+               tag("title", f"Report card of {name}"), tag("style", style))
+    return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
 
 # %% ../nbs/14_report.ipynb #miniature
 def miniature(folder: Path) -> None:
