@@ -24,27 +24,50 @@ import torch
 import torch.distributed as dist
 
 # %% auto #0
-__all__ = ['DTYPES', 'PALETTE', 'UserError', 'nearest', 'detect_device', 'fast_dtype', 'compute_dtype', 'parse_dtype', 'Runtime',
-           'start_runtime', 'stop_runtime', 'seed_of', 'generator', 'write_atomic', 'write_json', 'file_hash',
-           'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes', 'plot_style']
+__all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'detect_device', 'fast_dtype', 'compute_dtype',
+           'parse_dtype', 'Runtime', 'start_runtime', 'stop_runtime', 'seed_of', 'generator', 'write_atomic',
+           'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes']
 
 # %% ../nbs/00_runtime.ipynb #usererror
 class UserError(Exception):
-    """Something the person at the keyboard can fix. The message names what was wrong and what to do."""
+    """Something the user can fix. The message names what was wrong and what to do."""
 
 # %% ../nbs/00_runtime.ipynb #nearest
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: `" (did you mean 'x'?)"`, or the list of options when none is close."""
+    """A hint for a misspelt `name`: `" (did you mean 'x'?)"`, or all options when none is close."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (one of: {', '.join(options)})"
 
+# %% ../nbs/00_runtime.ipynb #plot-style
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c"]
+
+
+def plot_style():
+    """Set the course's matplotlib style and return `matplotlib.pyplot`."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+    gray = "#808080"                                         # readable on white and on black
+    plt.rcParams.update({
+        "figure.figsize": (6.4, 3.2), "figure.dpi": 100, "savefig.transparent": True,
+        "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": gray,
+        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+        "axes.labelcolor": gray, "axes.titlecolor": gray, "xtick.color": gray, "ytick.color": gray,
+        "text.color": gray, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "figure.autolayout": True,
+        "font.size": 10})
+    return plt
+
 # %% ../nbs/00_runtime.ipynb #detect-device
 def detect_device(name: str | None = None) -> torch.device:
-    """The device called `name` ("cpu", "cuda", "mps"), or the best one present. Raises UserError if it is absent."""
+    """The device called `name` ("cpu", "mps", "cuda"), or the best one present.
+
+    Raises UserError for a name that is unknown or a device that is absent.
+    """
+    present = {"cpu": True, "mps": torch.backends.mps.is_available(),
+               "cuda": torch.cuda.is_available()}
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next(n for n, here in reversed(present.items()) if here)
     if name.split(":")[0] not in present:
         raise UserError(f"unknown device {name!r}{nearest(name, present)}")
     if not present[name.split(":")[0]]:
@@ -63,7 +86,7 @@ def _cpu_flags() -> set[str]:
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The fastest dtype the device really multiplies: bfloat16 where the hardware has it, else float32."""
+    """The fastest dtype the device multiplies: bfloat16 where the hardware has it, else float32."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
@@ -77,7 +100,7 @@ _compute_dtype: torch.dtype | None = None
 
 
 def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The runtime's compute dtype: what `start_runtime` chose, else NANOCHAT_NB_DTYPE, else `fast_dtype(device)`."""
+    """What `start_runtime` chose, else the variable NANOCHAT_NB_DTYPE, else `fast_dtype(device)`."""
     if _compute_dtype is not None:
         return _compute_dtype
     name = os.environ.get("NANOCHAT_NB_DTYPE", "")
@@ -112,7 +135,8 @@ class Runtime:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over ranks, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        where = self.device if self.device.type == "cuda" else "cpu"   # nccl adds on the GPU
+        total = torch.tensor(values, dtype=torch.float64, device=where)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -135,7 +159,7 @@ class Runtime:
 
 # %% ../nbs/00_runtime.ipynb #start-runtime
 def start_runtime(device: str | None = None, dtype: str | None = None) -> Runtime:
-    """Choose device and compute dtype, join the process group torchrun announced, and return a `Runtime`.
+    """Choose device and compute dtype, join the process group torchrun announced.
 
     Calling it again is harmless. Raises UserError for a device or dtype that is unknown or absent.
     """
@@ -150,7 +174,8 @@ def start_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
     _compute_dtype = parse_dtype(dtype) if dtype else None
     _compute_dtype = compute_dtype(where)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=30))
         atexit.register(stop_runtime)
     return Runtime(where, _compute_dtype, rank, world_size, local_rank)
 
@@ -162,7 +187,7 @@ def stop_runtime() -> None:
 
 # %% ../nbs/00_runtime.ipynb #seed-of
 def seed_of(*key: str | int) -> int:
-    """A 63-bit seed that depends on all of `key`: the same key gives the same seed on every machine."""
+    """A 63-bit seed that depends on all of `key`, and is the same on every machine."""
     digest = hashlib.sha256("\x1f".join(map(repr, key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -173,7 +198,7 @@ def generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Gene
 
 # %% ../nbs/00_runtime.ipynb #write-atomic
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    """Write `data` to `path`: a reader sees the old file or the whole new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data.encode("utf-8") if isinstance(data, str) else data
@@ -186,8 +211,8 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder; "
-                        "the file that was there before is untouched") from error
+        raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another "
+                        "folder; the file that was there before is untouched") from error
 
 
 def write_json(path: str | Path, value) -> None:
@@ -202,7 +227,7 @@ def file_hash(path: str | Path) -> str:
 
 # %% ../nbs/00_runtime.ipynb #run-folder
 def run_folder(run: str | Path = "") -> Path:
-    """The folder of a run, created. `""` makes a scratch run that is removed when the process ends."""
+    """The folder of a run, created. `""`: a scratch folder, removed when the process ends."""
     if str(run):
         folder = Path(run)
     else:
@@ -213,13 +238,13 @@ def run_folder(run: str | Path = "") -> Path:
 
 # %% ../nbs/00_runtime.ipynb #metricslog
 class MetricsLog:
-    """Append-only `metrics/STAGE.jsonl`; every row has a `step`. Pass `write=False` on ranks that only watch."""
+    """Append-only `metrics/STAGE.jsonl`; every row has a `step`. `write=False`: only watch."""
 
     def __init__(self, path: str | Path, *, write: bool = True):
         self.path, self.write = Path(path), write
 
     def log(self, step: int, **values) -> None:
-        """Append one row. Floats that are not finite are kept as strings, so that the line stays JSON."""
+        """Append one row. Floats that are not finite become strings, so that it stays JSON."""
         if not self.write:
             return
         row = {"step": step} | {k: v if not isinstance(v, float) or math.isfinite(v) else repr(v)
@@ -246,12 +271,12 @@ class MetricsLog:
             write_atomic(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 # %% ../nbs/00_runtime.ipynb #progress-2
-def progress(items: Iterable | None = None, *, total: int | None = None, what: str = "", initial: int = 0,
-             show: bool = True):
-    """A `tqdm` bar, on rank 0 only; it prints at most every two seconds, so that logs stay short."""
+def progress(items: Iterable | None = None, *, total: int | None = None, what: str = "",
+             initial: int = 0, show: bool = True):
+    """A `tqdm` bar, on rank 0 only; it prints at most every two seconds: logs stay short."""
     from tqdm import tqdm
-    return tqdm(items, total=total, desc=what, initial=initial, mininterval=2.0, ncols=100, file=sys.stderr,
-                disable=not show or int(os.environ.get("RANK", 0)) != 0)
+    return tqdm(items, total=total, desc=what, initial=initial, mininterval=2.0, ncols=100,
+                file=sys.stderr, disable=not show or int(os.environ.get("RANK", 0)) != 0)
 
 # %% ../nbs/00_runtime.ipynb #peak-memory-bytes
 def peak_memory_bytes() -> int:
@@ -260,20 +285,3 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak
-
-# %% ../nbs/00_runtime.ipynb #plot-style
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c"]
-
-
-def plot_style():
-    """Set the course's matplotlib style and return `matplotlib.pyplot`."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-    gray = "#808080"                                         # readable on white and on black
-    plt.rcParams.update({
-        "figure.figsize": (6.4, 3.2), "figure.dpi": 100, "savefig.transparent": True, "figure.facecolor": "none",
-        "axes.facecolor": "none", "axes.prop_cycle": matplotlib.cycler(color=PALETTE), "axes.edgecolor": gray,
-        "axes.labelcolor": gray, "axes.titlecolor": gray, "xtick.color": gray, "ytick.color": gray,
-        "text.color": gray, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "figure.autolayout": True, "font.size": 10})
-    return plt
