@@ -36,7 +36,7 @@ class Snapshot:
     embedding: Tensor
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], *, chunk: int = 256) -> tuple[list[Snapshot], Tensor]:
     """Read all `prompts` as one batch: a snapshot of each, and the logits float32 (N, vocab) after each."""
     lengths = torch.tensor([len(p) for p in prompts])
@@ -87,6 +87,7 @@ class BatchCache:
 class RowCache(BatchCache):
     """A `BatchCache` with the four things that happen to it: a row enters, a row leaves, a step begins, a step ends."""
 
+    @torch.inference_mode()
     def enter(self, snapshot: Snapshot) -> None:
         """Append a row that begins with what `snapshot` has read."""
         row, length = len(self.ends), snapshot.store.size(2)
@@ -96,6 +97,7 @@ class RowCache(BatchCache):
         self.positions = torch.cat([self.positions, self.positions.new_tensor([length])])
         self.previous_embedding = torch.cat([self.previous_embedding, snapshot.embedding[None]])
 
+    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Free `row`; the last row moves into its place."""
         last = len(self.ends) - 1
@@ -106,6 +108,7 @@ class RowCache(BatchCache):
         self.ends.pop()
         self.positions, self.previous_embedding = self.positions[:last], self.previous_embedding[:last]
 
+    @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
         """A copy of `row`, to `enter` again later."""
         kept = self.store[:, :, row, :, :self.ends[row]].transpose(2, 3)
@@ -324,7 +327,6 @@ class Engine:
         """End a request now; its last event says "cancelled". A number that is not running is ignored."""
         _cancel(self, request)
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
         """Advance every running answer by a token; what is new. Empty when there is nothing to do."""
         _advance(self)
@@ -344,6 +346,7 @@ class Engine:
         return _stream(self, prompt, options)
 
 # %% ../nbs/08_inference.ipynb #advance
+@torch.inference_mode()
 def _advance(engine: Engine) -> None:
     """One step; its events are added to those not yet collected."""
     _resume_parked(engine)
@@ -519,7 +522,6 @@ def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: 
     return [[Completion(r.ids, r.mask, r.finish_reason) for r in group] for group in requests]
 
 
-@torch.no_grad()
 def _run_until_done(engine: Engine, ours: list[Request]) -> None:
     """Step until all of `ours` have finished. Events of others stay until `step` is called."""
     while any(r.finish_reason is None for r in ours):
@@ -530,8 +532,7 @@ def _stream(engine: Engine, prompt: Sequence[int], options: dict) -> Iterator[in
     number, event = engine.submit(prompt, **options), None
     try:
         while event is None or event.finish_reason is None:
-            with torch.no_grad():
-                _advance(engine)
+            _advance(engine)
             event = engine._events.pop(number, None)
             yield from event.ids if event else ()
     finally:
