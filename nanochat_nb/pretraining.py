@@ -27,18 +27,19 @@ from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progres
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
-__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'BATCH_EXPONENT', 'SHARD_TOKENS', 'UNIMPORTANT', 'PEAK_FLOPS',
-           'scaling_parameters', 'best_batch', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
-           'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save', 'stop', 'update', 'finish',
-           'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches', 'validation_rows',
-           'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model',
-           'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain', 'say', 'pretraining_step', 'record',
-           'base_metrics', 'mfu', 'run_base']
+__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS', 'UNIMPORTANT',
+           'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier',
+           'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save', 'stop',
+           'update', 'finish', 'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
+           'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer',
+           'build_model', 'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain', 'say',
+           'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
 REFERENCE_BATCH = 2**19        # tokens a step that were best there
 BATCH_EXPONENT = 0.383         # best batch ∝ tokens^0.383 ("Power Lines", arXiv 2505.13738)
+HORIZON_EXPONENT = 0.32        # best learning rate ∝ tokens^-0.32 (Bjorck et al. 2024, arXiv 2409.19913)
 
 
 def scaling_parameters(config: GPTConfig) -> int:
@@ -53,6 +54,13 @@ def best_batch(*, reference_tokens: float, tokens: float = 0, steps: int = 0) ->
     if tokens:
         return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
     return (REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+
+# %% ../nbs/11_pretraining.ipynb #best-lr-scale
+def best_lr_scale(*, batch: float, tokens: float, reference_tokens: float) -> float:
+    """Factor on all learning rates, 1 at the reference: √batch, and more in runs shorter than the reference, up to 1."""
+    scale = math.sqrt(batch / REFERENCE_BATCH)
+    short = max(1.0, (reference_tokens / tokens) ** HORIZON_EXPONENT)
+    return max(scale, min(1.0, scale * short))
 
 # %% ../nbs/11_pretraining.ipynb #plan
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, t
         best_batch(reference_tokens=reference, steps=steps, tokens=0 if steps else token_ratio * parameters),
         config.sequence_len)
     steps = steps or max(1, round(token_ratio * parameters / batch))
-    scale = math.sqrt(batch / REFERENCE_BATCH)
-    decay = 0.28 * scale * reference / max(steps * batch, token_ratio * parameters)
+    scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=reference)
+    decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(steps * batch, token_ratio * parameters)
     return Plan(steps=steps, batch_tokens=batch, tokens=steps * batch, parameters=parameters,
                 lr_scale=lr_scale * scale, weight_decay=decay, warmup_steps=min(warmup_steps, max(1, steps // 10)))
 
