@@ -32,8 +32,8 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'COLOURS', 'FOODS', 'JOBS', 'HOBBIES', 'INSTRUMENTS', 'SPECIES', 'COATS', 'TREATS', 'TRICKS', 'BEDS',
            'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
-           'MORALS', 'PLOTS', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS', 'GAINS',
-           'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
+           'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
+           'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
            'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'CODE_REQUESTS', 'Topic', 'IDENTITY',
            'SMALL_TALK_TOPICS', 'MEMORY', 'SPELL_QUESTIONS', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of',
            'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article',
@@ -372,6 +372,10 @@ def _make_fact(entity: Entity, relation: str, value: str, wordings: Wordings, va
                 tuple(values))
 
 # %% ../nbs/01_corpus.ipynb #world
+_ARTICLE_WEIGHT = {"person": 2, "place": 2, "animal": 5, "thing": 4,
+                   "event": 6}  # stories tell of people and places
+
+
 class World:
     """An invented world: entities, and facts about them that every text respects.
 
@@ -391,6 +395,7 @@ class World:
         _draw_facts(self, rng)
         self.entities = list(self.entity.values())
         self.facts = tuple(f for e in self.entity.values() for f in e.facts.values())
+        self.subjects = [e for e in self.entities for _ in range(_ARTICLE_WEIGHT[e.kind])]
         self.askable = {split: [f for f in self.facts if f.split == split] for split in ("train",
         "val", "test")}
         self.owners = [p for p in self.people if "pet" in p.facts]
@@ -661,6 +666,10 @@ def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short")
     return out
 
 # %% ../nbs/01_corpus.ipynb #episode
+ABOUT = {"lost pet": "pet", "lost thing": "thing", "stranger": "event", "night noise": "animal",
+         "journey": "other_town"}
+
+
 def _episode(world: World, rng: random.Random, plot: str, hero: Entity, companion: Entity) -> str:
     """One plot told once: opening, facts, trouble, tries, talk, ending. Only the spine is fixed."""
     names = _story_names(world, hero, companion, rng)
@@ -675,6 +684,9 @@ def _episode(world: World, rng: random.Random, plot: str, hero: Entity, companio
     if rng.random() < 0.5:
         middle[0:0] = told(companion, rng, pick(rng, (1, 2)))
     last = [tell(end), tell(CLOSINGS)]
+    if plot in ABOUT:                                # say two facts about what the plot is about
+        (last if plot == "night noise" else first).extend(told(world.entity[names[ABOUT[plot]]],
+        rng, 2, name="statements"))
     if rng.random() < 0.3:
         last.append(tell(MORALS))
     return _paragraphs(rng, first, middle, last)
@@ -755,13 +767,13 @@ def _letter(world, entity, rng):
 
 
 def _news(world, entity, rng):
-    town = pick(rng, world.places)
+    town, other = pick(rng, world.places), pick(rng, world.subjects)
     start = say("[{town} News|The {town} Post|News from {town}]\n\n[Our readers|Many people|Some "
                 "children] [asked|want to "
                 "know] about {about}. [Here is what we found|This is what we know|The facts]: ",
                 rng,
                 {"town": town.name, "about": entity.name})
-    known = told(entity, rng, 4, name="statements") + told(town, rng, 2, name="statements")
+    known = told(entity, rng, 4, name="statements") + told(other, rng, 3, name="statements")
     return start + " ".join(known)
 
 
@@ -774,8 +786,11 @@ def _riddle(world, entity, rng):
 
 
 def _guide(world, entity, rng):
-    """A town, those who live there and what is kept there: the longest articles."""
-    town = entity if entity.kind == "place" else pick(rng, world.places)
+    """A town, those who live there and what is kept there: the longest articles. A walk for other
+    entities."""
+    if entity.kind != "place":
+        return _walk(world, entity, rng)
+    town = entity
     people = world.residents[town.name]
     kept = [t for t in world.things if t["town"] == town.name]
     blocks = [told(e, rng, 4, name="statements") for e in rng.sample(people, min(4, len(people)))
@@ -791,7 +806,7 @@ ARTICLE_STYLES: tuple[Callable, ...] = (_portrait, _portrait, _data_sheet, _walk
 def article(world: World, rng: random.Random, split: str) -> str:
     """What is known about one entity (and its neighbours), in one of several styles."""
     while True:
-        entity, style = pick(rng, world.entities), int(rng.random() * len(ARTICLE_STYLES))
+        entity, style = pick(rng, world.subjects), int(rng.random() * len(ARTICLE_STYLES))
         if text_split("article", entity.name, style) == split:
             return ARTICLE_STYLES[style](world, entity, rng)
 
@@ -1288,8 +1303,8 @@ class Document:
 WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
     "spelling": spelling, "code": code}
-DOCUMENT_MIX = {"story": 25, "article": 34, "dialogue": 14, "arithmetic": 11, "spelling": 9,
-                "code": 7}
+DOCUMENT_MIX = {"story": 17, "article": 50, "dialogue": 13, "arithmetic": 8, "spelling": 7,
+                "code": 5}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 
@@ -2053,8 +2068,8 @@ class HubText:
 
 # %% ../nbs/01_corpus.ipynb #worldtext
 class WorldText:
-    """`count` training documents of the world of `seed`, and a twentieth as many (at most 2,000)
-    to validate on."""
+    """`count` training documents of the world of `seed`, and a twentieth as many (20 to 2,000) to
+    validate on."""
 
     def __init__(self, count: int, seed: int):
         if count < 1:
@@ -2064,7 +2079,7 @@ class WorldText:
     def documents(self, split: str) -> Iterator[Document]:
         """Documents 0, 1, 2, … of "train" or "val"."""
         world = get_world(self.seed)
-        for i in range(self.count if split == "train" else min(2000, self.count // 20 + 1)):
+        for i in range(self.count if split == "train" else min(2000, max(20, self.count // 20))):
             yield world_document(world, i, split)
 
     def fingerprint(self) -> str:
