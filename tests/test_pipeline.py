@@ -1,0 +1,213 @@
+"""The whole pipeline in miniature through run_all.sh: uninterrupted, killed and resumed, skipped, and given bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = ROOT / "tests" / "miniature.yaml"
+TIMINGS = {"seconds", "tokens_per_second", "mfu", "finished"}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what pytest and torchrun put there; run_all.sh uses the environment at hand."""
+    dropped = ("PYTEST_CURRENT_TEST", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {k: v for k, v in os.environ.items() if k not in dropped} | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str) -> list[str]:
+    """`run_all.sh` with these arguments, where it was installed; in a bare checkout, the module that it calls."""
+    if (ROOT / ".venv" / "installed").exists():
+        return ["bash", str(ROOT / "run_all.sh"), *arguments]
+    return [sys.executable, "-m", "nanochat_nb.launch", *arguments]
+
+
+def run_all(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command(*map(str, arguments)), env=env, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def results(run: Path) -> dict:
+    """All that a run computed, timings aside: weights and vocabulary byte for byte, metrics row by row."""
+    found = {}
+    for path in sorted(run.glob("*/step_*/*.safetensors")) + [run / "tokenizer" / "tokenizer.json"]:
+        found[str(path.relative_to(run))] = path.read_bytes()
+    for path in sorted(run.glob("metrics/*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[f"metrics/{path.stem}"] = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+    for path in sorted(run.glob("eval/*.json")):
+        found[f"eval/{path.stem}"] = json.loads(path.read_text())["metrics"]
+    return found
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_all(MINIATURE, "--run", run)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Report" in done.stdout or "report" in done.stdout
+    assert "run_all.sh chat" in done.stdout
+    return run
+
+
+def test_every_stage_leaves_its_traces(finished):
+    for name in ("tokenizer", "base", "eval-base", "sft", "eval-sft", "rl", "eval-rl", "report"):
+        assert json.loads((finished / "markers" / f"{name}.json").read_text())["state"] == "finished"
+        notebook = json.loads((finished / "notebooks" / f"{name}.ipynb").read_text())
+        assert notebook["metadata"]["papermill"]["exception"] is None
+    for name in ("base", "sft", "rl"):
+        notebook = json.loads((finished / "notebooks" / f"{name}.ipynb").read_text())
+        pictures = [o for c in notebook["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert pictures, f"the executed notebook of {name} has no plot"
+    report = json.loads((finished / "report.json").read_text())
+    assert {"tokenizer", "base", "sft", "rl"} <= set(report["stages"])
+    assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_the_log_is_readable(finished):
+    log = (finished / "log.txt").read_text()
+    assert "[2/8] base" in log and "100%" in log
+    assert "Traceback" not in log and "WARNING" not in log
+
+
+def test_running_again_skips_everything(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    done = run_all(MINIATURE, "--run", finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished earlier") == 8
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+
+
+def descendants_with(run: Path) -> list[str]:
+    """Command lines of processes that have the run's folder or its kernels in their arguments or open files."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            files = [os.readlink(f) for f in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        if str(run) in words or any(f.startswith(str(run)) for f in files):
+            found.append(words)
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = process.read_text()
+        except OSError:
+            continue
+        parents[int(text.split()[0])] = int(text.rsplit(")", 1)[1].split()[1])
+    below, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [p for p, q in parents.items() if q == parent]
+        below += children
+        todo += children
+    return below
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill_during(run: Path, stage: str, step: int, *arguments: str) -> None:
+    """Start the pipeline; kill -9 the launcher once `stage` has logged `step` steps; assert that nobody is left."""
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(str(MINIATURE), "--run", str(run), *arguments), env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    log, deadline = run / "metrics" / f"{stage}.jsonl", time.monotonic() + 300
+    while not (log.exists() and any(json.loads(x).get("step", 0) >= step and "loss" in x
+                                    for x in log.read_text().split("\n")[:-1])):
+        assert process.poll() is None, "the pipeline ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    below = children_of(process.pid)
+    assert below, "the stage runs in a kernel of its own"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, below)), "a killed launcher left processes behind"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
+    """kill -9 in the middle of pretraining and of RL; the end is the same, bit for bit."""
+    run = tmp_path / "killed"
+    kill_during(run, "base", 12)
+    kill_during(run, "rl", 2)
+    done = run_all(MINIATURE, "--run", run)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "[6/8] rl: resume, it was interrupted" in done.stdout
+    assert list((run / "notebooks").glob("base.attempt1.ipynb")), "the earlier attempt's notebook is kept"
+    for path in (run / "notebooks").glob("*.ipynb"):
+        json.loads(path.read_text())
+    expected, got = results(finished), results(run)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert expected[name] == got[name], f"{name} differs from the uninterrupted run's"
+
+
+def test_another_parameter_runs_that_stage_and_those_after_it(finished, tmp_path):
+    done = run_all(MINIATURE, "--run", finished, "--set", "rl.steps=5", "--until", "sft")
+    assert done.stdout.count("finished earlier") == 4, done.stdout + done.stderr
+    from nanochat_nb.launch import STEPS, check_overrides, load_preset, stage_parameters, status, step_key, upstream
+    overrides = check_overrides(load_preset(MINIATURE) | {"rl": load_preset(MINIATURE)["rl"] | {"steps": 5}})
+    step = STEPS["rl"]
+    key = step_key("rl", stage_parameters(step, overrides), upstream(finished, step))
+    assert status(finished, step, key).startswith("new")
+
+
+BAD = [
+    (["laptp"], "did you mean 'laptop'"),
+    (["laptop", "--set", "bas.depth=2"], "did you mean 'base'"),
+    (["laptop", "--set", "base.dpth=2"], "did you mean 'depth'"),
+    (["laptop", "--set", "base.depth=deep"], "base.depth"),
+    (["laptop", "--set", "nonsense"], "STAGE.PARAMETER=VALUE"),
+    (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),
+    (["laptop", "--run", "a b"], "letters, digits"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", BAD, ids=lambda x: "-".join(x)[-40:] if isinstance(x, list) else "")
+def test_bad_command_line(arguments, expected, tmp_path):
+    """One line, before anything starts."""
+    done = run_all(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0], done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_bad_files(finished, tmp_path):
+    """Empty, binary and other text that nothing can learn from; conversations that are none."""
+    for name, data in {"empty.txt": b"", "binary.txt": bytes(range(256)) * 40, "latin.txt": "café ".encode("latin-1") * 100}.items():
+        (tmp_path / name).write_bytes(data)
+        done = run_all(MINIATURE, "--run", tmp_path / "run", "--text", name, cwd=tmp_path)
+        assert done.returncode == 1 and name in done.stderr and "Traceback" not in done.stderr, done.stderr
+    lines = [json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]), '{"no": "messages"}']
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    done = run_all(MINIATURE, "--run", tmp_path / "run", "--conversations", "chats.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "line 2" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_help_needs_no_installation(tmp_path):
+    script = tmp_path / "run_all.sh"
+    script.write_text((ROOT / "run_all.sh").read_text())
+    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--depth" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["run_all.sh"]
