@@ -476,6 +476,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> No
     """Run a stage notebook headless in a kernel of its own; `output` is its log, saved whole after each cell and
     every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of a UserError that a
     cell raised, and papermill's error, which holds the traceback, for any other."""
+    sys.modules.setdefault("rfc3987_syntax", None)                     # a second of imports that validates nothing here
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -732,7 +733,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.what in STEPS:                                             # one step, on this rank
         die_with_parent()
         run = run_path(args.run or "laptop")
-        run_stage(args.what, run, check_overrides(load_preset(args.preset or run / "preset.yaml")), sys.stdout)
+        overrides = load_preset(args.preset or run / "preset.yaml")
+        run_stage(args.what, run, check_overrides(overrides) if int(os.environ.get("RANK", 0)) == 0 else overrides, sys.stdout)
         return
     check_exports()
     data = (_existing([args.data], "--data") or [None])[0] if args.data else None
