@@ -35,8 +35,8 @@ __all__ = ['CORE_SIZE', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits
            'evaluate_core_task', 'evaluate_core', 'pick_letters', 'write_answers', 'answer_text', 'reference',
            'constant_score', 'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore',
            'open_checkpoint', 'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram',
-           'open_tasks', 'write_records', 'score_line', 'examine_base', 'examine_chat', 'run_eval', 'check_request',
-           'Stopwatch', 'finish_eval']
+           'open_tasks', 'write_records', 'score_line', 'examine_base', 'examine_chat', 'score_metrics', 'run_eval',
+           'check_request', 'Stopwatch', 'finish_eval']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -286,7 +286,8 @@ def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]],
         losses.append(F.cross_entropy(logits, y, reduction="none"))
         best.append(logits.argmax(-1) == y)
     sizes = [len(row) - start for row, start in zip(rows, starts)]
-    return [(x.mean().item(), bool(y.all())) for x, y in zip(torch.cat(losses).split(sizes), torch.cat(best).split(sizes))]
+    spans = zip(torch.cat(losses).split(sizes), torch.cat(best).split(sizes))
+    return [(loss.mean().item(), bool(greedy.all())) for loss, greedy in spans]
 
 # %% ../nbs/10_evaluation.ipynb #score-plain
 @torch.no_grad()
@@ -320,7 +321,8 @@ def branch(cache: KVCache, owner: Sequence[int], room: int) -> KVCache:
     out = object.__new__(KVCache)
     rows = torch.tensor(owner, device=cache.store.device)
     old = cache.store[:, :, :, :cache.filled]
-    out.store = torch.cat([old[:, :, rows], old.new_zeros(*old.shape[:2], len(owner), room + 1, *old.shape[4:])], dim=3)
+    empty = old.new_zeros(*old.shape[:2], len(owner), room + 1, *old.shape[4:])
+    out.store = torch.cat([old[:, :, rows], empty], dim=3)
     out.positions, out.lengths, out.filled = cache.positions[rows], None, cache.filled
     out.previous_embedding = cache.previous_embedding[rows]
     out.max_len = cache.filled + room
@@ -333,7 +335,8 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
         return work(items)
     except torch.OutOfMemoryError:
         if len(items) == 1:
-            raise UserError("a single row does not fit this device's memory; use a smaller model or another device") from None
+            raise UserError("a single row does not fit this device's memory; use a smaller model or "
+                            "another device") from None
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     middle = len(items) // 2
     return halving(work, items[:middle]) + halving(work, items[middle:])
@@ -349,7 +352,8 @@ def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: 
         picked = [together[g] for g in group]
         for i, result in zip(picked, halving(lambda part: score_shared(model, part), [questions[i] for i in picked])):
             scores[i] = result
-    alone = [(i, k) for i in sorted(set(range(len(questions))) - set(together)) for k in range(len(questions[i].options))]
+    left = sorted(set(range(len(questions))) - set(together))
+    alone = [(i, k) for i in left for k in range(len(questions[i].options))]
     for group in by_length([len(questions[i].options[k]) for i, k in alone], batch_tokens):
         options = [(questions[i].options[k], questions[i].starts[k]) for i, k in (alone[g] for g in group)]
         for g, result in zip(group, halving(lambda part: score_plain(model, part), options)):
@@ -375,7 +379,8 @@ def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: S
     limit = 10 * model.config.sequence_len
     questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit) for i in mine]
     scores = score_questions(model, questions, batch_tokens=batch_tokens)
-    part = ({i: right(q, s) for i, q, s in zip(mine, questions, scores)}, sum(len(o) for q in questions for o in q.options))
+    part = ({i: right(q, s) for i, q, s in zip(mine, questions, scores)},
+            sum(len(o) for q in questions for o in q.options))
     parts = rt.gather(part) if rt else [part]
     verdicts = {i: v for found, _ in parts for i, v in found.items()}
     return [verdicts[i] for i in range(len(rows))], sum(tokens for _, tokens in parts)
@@ -406,7 +411,8 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *, max_p
         accuracy = sum(verdicts) / len(verdicts)
         results[task.label] = {"accuracy": accuracy, "stderr": standard_error(accuracy, len(rows)), "n": len(rows)}
         tokens += read
-        records += [{"task": task.label, "index": i, "row": row, "correct": v} for i, (row, v) in enumerate(zip(rows, verdicts))]
+        records += [{"task": task.label, "index": i, "row": row, "correct": verdict}
+                    for i, (row, verdict) in enumerate(zip(rows, verdicts))]
     mean, centered = core_metric({k: r["accuracy"] for k, r in results.items()}, chance) if results else (None, {})
     for label, value in centered.items():
         results[label]["centered"] = value
@@ -526,10 +532,12 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     rows = [task[i] for i in mine]
     prompts = [tokenizer.render_for_completion(row) for row in rows]
     if task.kind == "choice":
-        answers = pick_letters(model, tokenizer, [(p, list(r["letters"])) for p, r in zip(prompts, rows)], batch_tokens=batch_tokens)
+        asked = [(p, list(row["letters"])) for p, row in zip(prompts, rows)]
+        answers = pick_letters(model, tokenizer, asked, batch_tokens=batch_tokens)
         tokens = sum(map(len, prompts))
     else:
-        answers, tokens = write_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
+        answers, tokens = write_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens,
+                                        batch_rows=batch_rows)
     records = [{"index": i, "topic": row.get("topic", ""), "prompt": transcript(row), "completion": answer,
                 "reference": reference(row), "correct": task.evaluate(row, answer)}
                for i, row, answer in zip(mine, rows, answers)]
@@ -538,7 +546,8 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     records = sorted((r for part in parts for r in part[0]), key=lambda r: r["index"])
     accuracy = sum(r["correct"] for r in records) / len(records)
     return {"accuracy": accuracy, "stderr": standard_error(accuracy, len(records)), "n": len(records),
-            "topics": by_topic(records), "chance": task.chance, "constant": constant_score(task, [task[i] for i in range(len(task))]),
+            "topics": by_topic(records), "chance": task.chance,
+            "constant": constant_score(task, [task[i] for i in range(len(task))]),
             "ngram": sum(part[2] for part in parts) / len(records) if ngram else None, "kind": task.kind,
             "source": task.source, "tokens": sum(part[1] for part in parts), "records": records}
 
@@ -613,8 +622,8 @@ def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
     if not starts:
         return []
     out = Engine(model, tokenizer).generate(starts, max_new_tokens=max_new_tokens, temperature=0.0, tools=False)
-    return [{"task": f"continue: {kind}", "prompt": tokenizer.decode(start[1:]), "completion": answer_text(tokenizer, done[0].ids)}
-            for kind, start, done in zip(texts, starts, out)]
+    return [{"task": f"continue: {kind}", "prompt": tokenizer.decode(start[1:]),
+             "completion": answer_text(tokenizer, done[0].ids)} for kind, start, done in zip(texts, starts, out)]
 
 # %% ../nbs/10_evaluation.ipynb #fit-ngram
 def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | None:
@@ -667,51 +676,64 @@ def score_line(name: str, r: dict) -> str:
     return f"{name:30} {r['accuracy']:6.1%} ± {r['stderr']:5.1%}   n {r['n']:5}{extra}"
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-base
-def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, *, data: str, core: bool, core_max_per_task: int,
-                 max_new_tokens: int, batch_tokens: int, rt: Runtime) -> dict:
-    """CORE, when its files are there, and continuations."""
-    bundle, out = Path(data or "") / "core", {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0}
-    out["samples"] = continuations(model, tokenizer, texts, max_new_tokens)
-    if not core or not data or not (bundle / "core.yaml").exists():
-        out["skipped"]["core"] = "switched off" if not core else f"no {'core/core.yaml in the data folder' if data else 'data folder given'}"
-        return out
-    result = evaluate_core(model, tokenizer, bundle, max_per_task=core_max_per_task or None, batch_tokens=batch_tokens, rt=rt, show=True)
+def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p: dict, rt: Runtime) -> dict:
+    """CORE, when its files are there, and continuations. `p`: the stage's parameters."""
+    out = {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0,
+           "samples": continuations(model, tokenizer, texts, p["max_new_tokens"])}
+    bundle = Path(p["data"]) / "core"
+    reason = ("switched off" if not p["core"] else "no data folder given" if not p["data"] else
+              "" if (bundle / "core.yaml").exists() else "no core/core.yaml in the data folder")
+    if reason:
+        return out | {"skipped": {"core": reason}}
+    result = evaluate_core(model, tokenizer, bundle, max_per_task=p["core_max_per_task"] or None,
+                           batch_tokens=p["batch_tokens"], rt=rt, show=True)
+    records = result.pop("records")
     if rt.is_main:
-        write_records(folder, "base", "core", result.pop("records"))
-    out["tasks"], out["core"], out["tokens"] = result["tasks"], result, result["tokens"]
-    out["skipped"] |= {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}
-    out["metrics"] |= {"core": result["core"]} if result["core"] is not None else {"core_partial": result["partial"]} if result["tasks"] else {}
-    return out
+        write_records(folder, "base", "core", records)
+    name = "core" if result["core"] is not None else "core_partial"
+    return out | {"tasks": result["tasks"], "core": result, "tokens": result["tokens"],
+                  "metrics": {name: result["partial"]} if result["tasks"] else {},
+                  "skipped": {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}}
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-chat
-def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, *, checkpoint: str, opened: Sequence[Task], ngram: NGram | None,
-                 max_new_tokens: int, batch_rows: int, batch_tokens: int, rt: Runtime) -> dict:
+def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequence[Task], ngram: NGram | None, p: dict,
+                 rt: Runtime) -> dict:
     """All chat tasks, ChatCORE when it is complete, and the first conversation of each task as a sample."""
-    out = {"metrics": {}, "tasks": {}, "samples": [], "skipped": {}, "tokens": 0}
-    for task in progress(opened, what=f"eval {checkpoint}"):
-        room = max_new_tokens if task.name not in ("gsm8k", "humaneval", "spellingbee") else max(max_new_tokens, 256)
-        result = evaluate_task(model, tokenizer, task, max_new_tokens=room, batch_rows=batch_rows, batch_tokens=batch_tokens, ngram=ngram, rt=rt)
+    tasks, samples, tokens = {}, [], 0
+    for task in progress(opened, what=f"eval {p['checkpoint']}"):
+        long = task.name in ("gsm8k", "humaneval", "spellingbee")
+        result = evaluate_task(model, tokenizer, task, max_new_tokens=max(p["max_new_tokens"], 256 * long), ngram=ngram,
+                               batch_rows=p["batch_rows"], batch_tokens=p["batch_tokens"], rt=rt)
         records = result.pop("records")
         if rt.is_main:
-            write_records(folder, checkpoint, task.name, records)
-        out["tasks"][task.name], out["tokens"] = result, out["tokens"] + result["tokens"]
-        out["samples"].append({"task": task.name, **{k: records[0][k] for k in ("prompt", "completion", "reference", "correct")}})
-    accuracy = {name: r["accuracy"] for name, r in out["tasks"].items()}
+            write_records(folder, p["checkpoint"], task.name, records)
+        tasks[task.name], tokens = result, tokens + result["tokens"]
+        samples.append({"task": task.name} | {k: records[0][k] for k in ("prompt", "completion", "reference", "correct")})
+    accuracy = {name: r["accuracy"] for name, r in tasks.items()}
     means = {"chatcore": chatcore(accuracy), "chatcore_embedded": chatcore(accuracy, EMBEDDED)}
-    out["metrics"] = {k: v for k, v in means.items() if v is not None}
-    return out
+    return {"metrics": {k: v for k, v in means.items() if v is not None}, "tasks": tasks, "samples": samples,
+            "skipped": {}, "tokens": tokens}
+
+
+def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
+    """The tasks' scores as flat metrics: NAME, NAME/stderr, and chat's topics as chat/TOPIC."""
+    out = {}
+    for name, r in tasks.items():
+        out |= {name: r["accuracy"], f"{name}/stderr": r["stderr"]}
+    topics = tasks.get("chat", {}).get("topics", {})
+    return out | {f"chat/{topic}": r["accuracy"] for topic, r in topics.items()}
 
 # %% ../nbs/10_evaluation.ipynb #run-eval
-def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64, data: str = "",
-             tasks: list[str] = [], max_per_task: int = 8, core: bool = True, core_max_per_task: int = 0,
-             max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192, ngram_tokens: int = 50_000,
-             device: str = "", dtype: str = "", seed: int = 0) -> dict:
+def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64,
+             data: str = "", tasks: list[str] = [], max_per_task: int = 8, core: bool = True,
+             core_max_per_task: int = 0, max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192,
+             ngram_tokens: int = 50_000, device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Examine the checkpoint `checkpoint` of `run`; write eval/CHECKPOINT.json and a record of every answer.
 
     The parameters are explained in the notebook's parameters cell. Returns what the file holds: metrics, tasks,
-    skipped (task → reason), samples. Raises UserError for an unknown checkpoint or task, or a data folder that is not there.
+    skipped (task → reason), samples. Raises UserError for an unknown checkpoint or task, or an absent data folder.
     """
-    parameters = {k: v for k, v in locals().items() if k != "run"}
+    p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
     check_request(checkpoint, data, held_out_documents)
     clock, folder = Stopwatch(), Path(rt.broadcast(str(run_folder(run)) if rt.is_main else None))
@@ -721,17 +743,16 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], he
     texts = held_out(source, held_out_documents)
     metrics, tokens = measure_text(model, tokenizer, texts, batch_tokens=batch_tokens, rt=rt)
     if checkpoint == "base":
-        found = examine_base(model, tokenizer, folder, texts, data=data, core=core, core_max_per_task=core_max_per_task,
-                             max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, rt=rt)
+        found = examine_base(model, tokenizer, folder, texts, p, rt)
     else:
-        found = examine_chat(model, tokenizer, folder, checkpoint=checkpoint, opened=opened, rt=rt, batch_rows=batch_rows,
-                             ngram=fit_ngram(tokenizer, source, ngram_tokens, seed), max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    scores = {f"{name}{of}": r[key] for name, r in found["tasks"].items() for of, key in (("", "accuracy"), ("/stderr", "stderr"))}
-    scores |= {f"chat/{topic}": r["accuracy"] for topic, r in found["tasks"].get("chat", {}).get("topics", {}).items()}
-    tokens += found.pop("tokens")
-    result = found | {"stage": "eval", "checkpoint": checkpoint, "step": meta.get("step"), "parameters": parameters, "skipped": skipped | found["skipped"],
-                      "metrics": metrics | scores | found["metrics"], "tokens": tokens, "flops": tokens * model.flops_per_token() / 3,
-                      "seconds": clock.seconds(), "peak_memory_bytes": max(rt.gather(peak_memory_bytes()))}
+        ngram = fit_ngram(tokenizer, source, ngram_tokens, seed)
+        found = examine_chat(model, tokenizer, folder, opened, ngram, p, rt)
+    tokens += found["tokens"]
+    result = found | {"stage": "eval", "checkpoint": checkpoint, "step": meta.get("step"), "parameters": p,
+                      "skipped": skipped | found["skipped"], "tokens": tokens,
+                      "metrics": metrics | score_metrics(found["tasks"]) | found["metrics"],
+                      "flops": tokens * model.flops_per_token() / 3, "seconds": clock.seconds(),
+                      "peak_memory_bytes": max(rt.gather(peak_memory_bytes()))}
     return finish_eval(folder, result, rt)
 
 # %% ../nbs/10_evaluation.ipynb #check-request
@@ -740,7 +761,8 @@ def check_request(checkpoint: str, data: str, held_out_documents: int) -> None:
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"unknown checkpoint {checkpoint!r}{nearest(checkpoint, CHECKPOINTS)}")
     if data and data != "huggingface" and not Path(data).is_dir():
-        raise UserError(f"no data folder {data}; give the folder that holds core/, mmlu/, gsm8k/ …, or \"huggingface\"")
+        raise UserError(f"no data folder {data}; give the folder that holds core/, mmlu/, gsm8k/ …, "
+                        "or \"huggingface\"")
     if held_out_documents < 1:
         raise UserError(f"held_out_documents must be at least 1, not {held_out_documents}")
 
