@@ -43,12 +43,15 @@ __all__ = ['ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_bac
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
-    """An engine whose answers are written in advance: it shows what the server asks of an engine, and tests use it.
+    """An engine whose answers are written in advance: it shows what the server asks of an engine,
+    and tests use it.
 
-    `reply(prompt_ids)` gives the whole answer as token ids; each `step` hands out one token to each request.
+    `reply(prompt_ids)` gives the whole answer as token ids; each `step` hands out one token to
+    each request.
     """
 
-    def __init__(self, tokenizer: Tokenizer, reply: Callable[[list[int]], list[int]], *, max_len: int = 256,
+    def __init__(self, tokenizer: Tokenizer, reply: Callable[[list[int]], list[int]], *,
+                 max_len: int = 256,
                  delay: float = 0.0):
         self.tokenizer, self.reply, self.max_len, self.delay = tokenizer, reply, max_len, delay
         self.rows: dict[int, list[int]] = {}
@@ -81,15 +84,16 @@ class Ticket:
     """One request on its way through the engine."""
     prompt: list[int]
     options: dict
-    report: Callable[[list[int], str | None], None]      # (new ids, finish reason or None), on the engine's thread
-    request: int | None = None                           # the engine's number for it, once it has one
+    # (new ids, finish reason or None), on the engine's thread
+    report: Callable[[list[int], str | None], None]
+    request: int | None = None  # the engine's number for it, once it has one
 
 # %% ../nbs/16_server.ipynb #engineworker
 class EngineWorker:
     """The one thread that steps an engine; `submit` and `cancel` may be called from any thread."""
 
     def __init__(self, engine):
-        self.engine, self.active = engine, {}            # active: engine's number -> ticket; the thread's own
+        self.engine, self.active = engine, {}  # active: engine's number -> ticket; the thread's own
         self.waiting = 0                                 # tickets submitted and not finished
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -97,7 +101,8 @@ class EngineWorker:
         self._thread.start()
 
     def submit(self, prompt: list[int], report: Callable, **options) -> Ticket:
-        """Queue a request. `report(ids, finish_reason)` is called for each step that gives it tokens."""
+        """Queue a request. `report(ids, finish_reason)` is called for each step that gives it
+        tokens."""
         ticket = Ticket(prompt, options, report)
         with self._lock:
             self.waiting += 1
@@ -139,7 +144,7 @@ class EngineWorker:
                 self._obey(command, ticket)
             try:
                 events = self.engine.step()
-            except Exception as error:                   # the step is lost: tell everybody, go on with new requests
+            except Exception as error:  # the step is lost: tell everybody, go on with new requests
                 print(f"engine: {type(error).__name__}: {error}", file=sys.stderr)
                 for ticket in list(self.active.values()):
                     with contextlib.suppress(Exception):
@@ -157,7 +162,8 @@ class EngineWorker:
 
 # %% ../nbs/16_server.ipynb #piecedecoder
 class PieceDecoder:
-    """Token ids, in any portions, to pieces `(kind, text)`: kind is "text", "python" or "python_output".
+    """Token ids, in any portions, to pieces `(kind, text)`: kind is "text", "python" or
+    "python_output".
 
     Text after a stop string is never given out; `stopped` tells that one was met.
     """
@@ -200,7 +206,8 @@ class PieceDecoder:
 # %% ../nbs/16_server.ipynb #held-back
 def held_back(text: str, stop: str) -> int:
     """How many characters at the end of `text` could be the beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1)
+                 if text.endswith(stop[:n])), 0)
 
 
 def merge_pieces(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -278,10 +285,12 @@ class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
 
 # %% ../nbs/16_server.ipynb #error-response
-def error_response(status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
+def error_response(status: int, message: str, *, kind: str = "invalid_request_error",
+                   param: str | None = None,
                    code: str | None = None, headers: dict | None = None) -> JSONResponse:
     """OpenAI's error object."""
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status,
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param,
+                                   "code": code}}, status,
                         headers=headers)
 
 
@@ -306,7 +315,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException):
-        return error_response(error.status_code, str(error.detail), headers=getattr(error, "headers", None))
+        return error_response(error.status_code, str(error.detail),
+                              headers=getattr(error, "headers", None))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
@@ -314,7 +324,8 @@ def add_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(x) for x in first["loc"] if x != "body")
         if first["type"] == "json_invalid":
             return error_response(400, "the body is not valid JSON")
-        return error_response(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+        return error_response(400, f"{where}: {first['msg']}" if where else first["msg"],
+                              param=where or None)
 
     @app.exception_handler(Exception)
     async def crash(request: Request, error: Exception):
@@ -322,7 +333,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 # %% ../nbs/16_server.ipynb #bodylimit
 class BodyLimit:
-    """ASGI middleware: a body of more than `limit` bytes is refused, whatever its Content-Length says."""
+    """ASGI middleware: a body of more than `limit` bytes is refused, whatever its Content-Length
+    says."""
 
     def __init__(self, app, limit: int):
         self.app, self.limit = app, limit
@@ -348,21 +360,25 @@ class BodyLimit:
 
 # %% ../nbs/16_server.ipynb #find-models
 def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
-    """`{"NAME-STAGE": (run folder, stage)}` for the checkpoints of a run, or of all runs in a folder of runs."""
+    """`{"NAME-STAGE": (run folder, stage)}` for the checkpoints of a run, or of all runs in a
+    folder of runs."""
     run = Path(run)
     if not run.is_dir():
         beside = [path.parent.name for path in run.parent.glob("*/tokenizer")]
-        raise UserError(f"no run at {run}{nearest(run.name, beside) if beside else ''}; train one: bash run_all.sh")
-    runs = [run] if any((run / stage).is_dir() for stage in STAGES) else sorted(p for p in run.iterdir() if p.is_dir())
+        hint = nearest(run.name, beside) if beside else ""
+        raise UserError(f"no run at {run}{hint}; train one: bash run_all.sh")
+    one = any((run / stage).is_dir() for stage in STAGES)
+    runs = [run] if one else sorted(p for p in run.iterdir() if p.is_dir())
     found = {f"{folder.name}-{stage}": (folder, stage) for folder in runs for stage in STAGES
              if latest_checkpoint(folder / stage) is not None}
     if not found:
-        raise UserError(f"no trained model in {run}; finish the run first: bash run_all.sh --run {run.name}")
+        raise UserError(f"no trained model in {run}; finish the run: bash run_all.sh --run {run.name}")
     return found
 
 # %% ../nbs/16_server.ipynb #modelpool
 class ModelPool:
-    """Engines by name, each with its thread, loaded on demand; at most `keep` stay, the longest idle leaves."""
+    """Engines by name, each with its thread, loaded on demand; at most `keep` stay, the longest
+    idle leaves."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], object]], *, keep: int = 2):
         self.loaders, self.keep = dict(loaders), keep
@@ -375,10 +391,12 @@ class ModelPool:
         return next(iter(self.loaders))
 
     def get(self, name: str = "") -> EngineWorker:
-        """The worker of a model; blocks while it loads. Raises ApiError (404) for an unknown name."""
+        """The worker of a model; blocks while it loads. Raises ApiError (404) for an unknown
+        name."""
         name = name or self.default
         if name not in self.loaders:
-            raise ApiError(404, f"no model {name!r}{nearest(name, self.loaders)}", param="model", code="model_not_found")
+            raise ApiError(404, f"no model {name!r}{nearest(name, self.loaders)}", param="model",
+                           code="model_not_found")
         with self._lock:
             if name not in self.workers:
                 idle = [n for n, w in self.workers.items() if not w.waiting]
@@ -406,18 +424,20 @@ class Job:
 
 
 async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], str | None]]:
-    """Yield `(choice, pieces, finish_reason or None)` until every choice has finished; frees all rows at the end."""
+    """Yield `(choice, pieces, finish_reason or None)` until every choice has finished; frees all
+    rows at the end."""
     loop, inbox = asyncio.get_running_loop(), asyncio.Queue()
     tokenizer = job.worker.engine.tokenizer
     decoders = [PieceDecoder(tokenizer, job.stop) for _ in job.prompts]
 
     def report(index: int) -> Callable:
         def put(ids: list[int], finish: str | None) -> None:
-            with contextlib.suppress(RuntimeError):        # the loop has closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
                 loop.call_soon_threadsafe(inbox.put_nowait, (index, ids, finish))
         return put
 
-    tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i) for i, prompt in enumerate(job.prompts)}
+    tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i)
+               for i, prompt in enumerate(job.prompts)}
     try:
         while tickets:
             index, ids, finish = await inbox.get()
@@ -469,13 +489,17 @@ class Shape:
     chat: bool
 
     def envelope(self, choices: list[dict], *, chunk: bool) -> dict:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model, "choices": choices}
+        kind = "text_completion"
+        if self.chat:
+            kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model,
+                "choices": choices}
 
     def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None, "finish_reason": finish}
+            return {"index": index, "text": prose(pieces), "logprobs": None,
+                    "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
             delta["nanochat"] = {"parts": parts(pieces)}
@@ -484,7 +508,8 @@ class Shape:
     def choice(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None, "finish_reason": finish}
+            return {"index": index, "text": prose(pieces), "logprobs": None,
+                    "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
         return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
@@ -494,7 +519,8 @@ async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> 
     """A request's server-sent events."""
     if shape.chat:
         for index in range(len(job.prompts)):
-            start = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            start = {"index": index, "delta": {"role": "assistant", "content": ""},
+                     "finish_reason": None}
             note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
             yield sse(shape.envelope([start], chunk=True) | note)
     try:
@@ -524,11 +550,14 @@ async def whole_answer(job: Job, shape: Shape, n: int, request: Request) -> Resp
 
 # %% ../nbs/16_server.ipynb #chat-job
 def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
-    """A chat request made ready for the engine. Raises ApiError or UserError for what cannot be answered."""
+    """A chat request made ready for the engine. Raises ApiError or UserError for what cannot be
+    answered."""
     if len(body.messages) > limits.messages:
-        raise ApiError(400, f"{len(body.messages)} messages; the limit is {limits.messages}", param="messages")
+        raise ApiError(400, f"{len(body.messages)} messages; the limit is {limits.messages}",
+                       param="messages")
     context = worker.engine.max_len
-    wanted = min(body.max_completion_tokens or body.max_tokens or limits.max_tokens, limits.max_tokens)
+    wanted = min(body.max_completion_tokens or body.max_tokens or limits.max_tokens,
+                 limits.max_tokens)
     ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {"tools": True}
@@ -536,9 +565,11 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
 
 
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
-    """A plain completion made ready for the engine: the text goes on after <|bos|>, without tools."""
+    """A plain completion made ready for the engine: the text goes on after <|bos|>, without
+    tools."""
     tokenizer, prompt = worker.engine.tokenizer, body.prompt
-    many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    one = isinstance(prompt, str) or prompt and isinstance(prompt[0], int)
+    many = [prompt] if one else prompt
     rows = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in many]
     if not rows or not all(rows):
         raise ApiError(400, "the prompt is empty", param="prompt")
@@ -546,7 +577,8 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
         raise ApiError(400, f"token ids go from 0 to {tokenizer.vocab_size - 1}", param="prompt")
     longest, context = max(map(len, rows)), worker.engine.max_len
     if longest >= context:
-        raise ApiError(400, f"the prompt has {longest} tokens and the context only {context}", param="prompt",
+        raise ApiError(400, f"the prompt has {longest} tokens and the context only {context}",
+                       param="prompt",
                        code="context_length_exceeded")
     wanted = min(body.max_tokens or 16, limits.max_tokens)
     options = sampling_options(body, wanted, context - longest) | {"tools": False}
@@ -560,13 +592,16 @@ def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
             "seed": secrets.randbits(48) if body.seed is None else body.seed}
 
 # %% ../nbs/16_server.ipynb #create-app
-def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *, name: str = "nanochat",
+def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
+               name: str = "nanochat",
                device: str | None = None, dtype=None, limits: Limits = Limits(), api_key: str = "",
-               hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "testserver")) -> FastAPI:
+               hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]",
+                                         "testserver")) -> FastAPI:
     """An OpenAI-compatible application.
 
-    `source` is a run's folder (each of its stages is a model), a folder of runs, one engine (called `name`), or a
-    mapping from names to functions that return an engine. Raises UserError when the folder holds no model.
+    `source` is a run's folder (each of its stages is a model), a folder of runs, one engine
+    (called `name`), or a mapping from names to functions that return an engine. Raises UserError
+    when the folder holds no model.
     """
     pool = ModelPool(model_loaders(source, name, device, dtype))
 
@@ -589,7 +624,8 @@ def model_loaders(source, name: str, device: str | None, dtype) -> dict[str, Cal
     if isinstance(source, (str, Path)):
         def loader(folder: Path, stage: str) -> Callable[[], Engine]:
             def load() -> Engine:
-                model, tokenizer, meta = load_model(folder, stage=stage, device=detect_device(device), dtype=dtype)
+                model, tokenizer, meta = load_model(folder, stage=stage,
+                                                    device=detect_device(device), dtype=dtype)
                 return Engine(model, tokenizer)
             return load
         return {model: loader(*where) for model, where in find_models(source).items()}
@@ -610,20 +646,22 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
     async def answer(request: Request, body: Sampling, prepare: Callable, kind: str):
         worker = await run_in_threadpool(pool.get, body.model)
         if worker.waiting >= limits.requests:
-            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error", headers={"Retry-After": "2"})
+            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                           headers={"Retry-After": "2"})
         if body.logprobs:
             raise ApiError(400, "logprobs are not available", param="logprobs")
-        n = body.n or 1
-        if n > limits.choices:
-            raise ApiError(400, f"{n} answers in one request; the limit is {limits.choices}", param="n")
-        job = prepare(worker, body, limits)
-        if len(job.prompts) > limits.choices:
-            raise ApiError(400, f"{len(job.prompts)} answers in one request; the limit is {limits.choices}", param="n")
-        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default, kind == "chatcmpl")
+        n, most = body.n or 1, limits.choices
+        job = prepare(worker, body, limits) if n <= most else None
+        if job is None or len(job.prompts) > most:
+            raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
+                           param="n")
+        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
+                      kind == "chatcmpl")
         if not body.stream:
             return await whole_answer(job, shape, n, request)
         include = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(stream_answer(job, shape, n, include), media_type="text/event-stream",
+        return StreamingResponse(stream_answer(job, shape, n, include),
+                                 media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     @app.get("/health")
@@ -638,7 +676,8 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
     @app.get("/v1/models/{name:path}", dependencies=[Depends(authorize)])
     def model(name: str) -> dict:
         if name not in pool.loaders:
-            raise ApiError(404, f"no model {name!r}{nearest(name, pool.loaders)}", code="model_not_found")
+            raise ApiError(404, f"no model {name!r}{nearest(name, pool.loaders)}",
+                           code="model_not_found")
         return describe(name)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(authorize)])
@@ -657,19 +696,24 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); "
+                            "choose another --port") from error
 
 
-def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000, device: str | None = None) -> None:
-    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open door without a key."""
+def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
+          device: str | None = None) -> None:
+    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
+    door without a key."""
     import uvicorn
-    key, local = os.environ.get("NANOCHAT_NB_API_KEY", ""), host in ("127.0.0.1", "localhost", "::1")
+    key = os.environ.get("NANOCHAT_NB_API_KEY", "")
+    local = host in ("127.0.0.1", "localhost", "::1")
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
     check_port(host, port)
     app = create_app(run, device=device, api_key=key, **({} if local else {"hosts": ("*",)}))
-    app.state.pool.get()                                   # load the default model now: errors come early
-    print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1", flush=True)
+    app.state.pool.get()  # load the default model now: errors come early
+    print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1",
+          flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
@@ -679,7 +723,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", default="runs/laptop", help="a run's folder, or a folder of runs")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default=None, help="cpu, cuda or mps; the best one present if absent")
+    parser.add_argument("--device", default=None,
+                        help="cpu, cuda or mps; the best one present if absent")
     options = parser.parse_args(argv)
     try:
         serve(options.run, host=options.host, port=options.port, device=options.device)
