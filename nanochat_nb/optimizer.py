@@ -59,6 +59,18 @@ def renormalize(x: Tensor) -> Tensor:
     """Scale x (…, m, n) to the Frobenius norm of an orthogonal matrix (Muon+, arXiv 2602.21545)."""
     return x * (min(x.shape[-2:]) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))
 
+# %% ../nbs/05_optimizer.ipynb #equilibrate-rows-2
+def equilibrate_rows(x: Tensor) -> Tensor:
+    """Scale every row of x (…, m, n) to the mean row norm (MuonEq, arXiv 2603.28254)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    target = wide.norm(dim=(-2, -1), keepdim=True) / x.size(-2) ** 0.5
+    return x * (target / wide.norm(dim=-1, keepdim=True).clamp_min(1e-6)).to(x.dtype)
+
+
+def renormalize(x: Tensor) -> Tensor:
+    """Scale x (…, m, n) to the Frobenius norm of an orthogonal matrix (Muon+, arXiv 2602.21545)."""
+    return x * (min(x.shape[-2:]) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))
+
 # %% ../nbs/05_optimizer.ipynb #even-out
 def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
     """Divide each row (column, if wide) of x by its running RMS, keeping x's norm (NorMuon, arXiv 2510.05491).
@@ -268,7 +280,130 @@ def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
                     raise UserError(f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
                                     "it belongs to another model")
 
+# %% ../nbs/05_optimizer.ipynb #make-stacks-2
+KINDS = {"adamw": AdamWStack, "muon": MuonStack}
+
+
+def make_stacks(group: dict, number: int, rank: int, world_size: int) -> list[AdamWStack]:
+    """The units in which a group is divided over ranks: each AdamW parameter alone, Muon's all together."""
+    if group["kind"] not in KINDS:
+        raise UserError(f"unknown optimizer kind {group['kind']!r}{nearest(group['kind'], KINDS)}")
+    params = list(group["params"])
+    names = group.setdefault("names", [f"{number}.{i}" for i in range(len(params))])
+    if group["kind"] == "adamw":
+        return [AdamWStack(group, [p], [name], rank, world_size) for p, name in zip(params, names)]
+    if len({p.shape for p in params}) > 1 or any(p.ndim != 2 for p in params):
+        raise UserError("a Muon group takes matrices of one shape: make a group per shape")
+    return [MuonStack(group, params, names, rank, world_size)] if params else []
+
+
+def grad_of(p: Tensor) -> Tensor:
+    """p's gradient, or zeros: all ranks must agree on what there is to average."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def write_back(params: list[Tensor], new: list[Tensor]) -> None:
+    """Copy the new values into the parameters, unless they are the same memory."""
+    for p, value in zip(params, new):
+        if p.data_ptr() != value.data_ptr():
+            p.copy_(value)
+
+
+def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
+    """Refuse an optimizer state of another model, naming the first thing that does not fit."""
+    if "step" not in state:
+        raise UserError("the optimizer state has no step: it was not written by full_state")
+    for stack in optimizer.stacks:
+        for key, part in stack.state.items():
+            for name, p in zip(stack.names, stack.params):
+                want = p.shape if key != "second" else part.shape[1:]
+                if f"{name}.{key}" not in state or state[f"{name}.{key}"].shape != want:
+                    raise UserError(f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
+                                    "it belongs to another model")
+
+# %% ../nbs/05_optimizer.ipynb #make-stacks-3
+KINDS = {"adamw": AdamWStack, "muon": MuonStack}
+
+
+def make_stacks(group: dict, number: int, rank: int, world_size: int) -> list[AdamWStack]:
+    """The units in which a group is divided over ranks: each AdamW parameter alone, Muon's all together."""
+    if group["kind"] not in KINDS:
+        raise UserError(f"unknown optimizer kind {group['kind']!r}{nearest(group['kind'], KINDS)}")
+    params = list(group["params"])
+    names = group.setdefault("names", [f"{number}.{i}" for i in range(len(params))])
+    if group["kind"] == "adamw":
+        return [AdamWStack(group, [p], [name], rank, world_size) for p, name in zip(params, names)]
+    if len({p.shape for p in params}) > 1 or any(p.ndim != 2 for p in params):
+        raise UserError("a Muon group takes matrices of one shape: make a group per shape")
+    return [MuonStack(group, params, names, rank, world_size)] if params else []
+
+
+def grad_of(p: Tensor) -> Tensor:
+    """p's gradient, or zeros: all ranks must agree on what there is to average."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def write_back(params: list[Tensor], new: list[Tensor]) -> None:
+    """Copy the new values into the parameters, unless they are the same memory."""
+    for p, value in zip(params, new):
+        if p.data_ptr() != value.data_ptr():
+            p.copy_(value)
+
+
+def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
+    """Refuse an optimizer state of another model, naming the first thing that does not fit."""
+    if "step" not in state:
+        raise UserError("the optimizer state has no step: it was not written by full_state")
+    for stack in optimizer.stacks:
+        for key, part in stack.state.items():
+            for name, p in zip(stack.names, stack.params):
+                want = p.shape if key != "second" else part.shape[1:]
+                if f"{name}.{key}" not in state or state[f"{name}.{key}"].shape != want:
+                    raise UserError(f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
+                                    "it belongs to another model")
+
 # %% ../nbs/05_optimizer.ipynb #build-optimizer
+def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02, embedding_lr: float = 0.3,
+                    unembedding_lr: float = 0.008, scalar_lr: float = 0.5, smear_lr: float = 0.2,
+                    weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
+    """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
+
+    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5. `weight_decay`
+    is Muon's. Every group keeps its first learning rate as group["initial_lr"], for schedules to multiply.
+    """
+    params = dict(model.named_parameters())
+    scale = (model.config.n_embd / 768) ** -0.5
+    groups = [
+        adamw_group(params, ("lm_head.",), unembedding_lr * scale, (0.8, 0.96), 0.01),
+        adamw_group(params, ("wte.",), embedding_lr * scale, (0.8, 0.995), 0.001),
+        adamw_group(params, ("value_embeds.",), embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
+        adamw_group(params, ("resid_lambdas",), scalar_lr * 0.01, (0.8, 0.95), 0.05, scalar_eps),
+        adamw_group(params, ("x0_lambdas",), scalar_lr, (0.96, 0.95), 0.0, scalar_eps),
+        adamw_group(params, ("smear_", "backout_"), smear_lr, (0.8, 0.95), 0.0, scalar_eps),
+    ] + muon_groups(params, matrix_lr, weight_decay)
+    groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
+    return MuonAdamW(groups, rt, dtype=model.dtype)
+
+
+def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple, weight_decay: float,
+                eps: float = 1e-10) -> dict:
+    """An AdamW group of the parameters whose names begin with one of `prefixes`."""
+    names = [name for name in params if name.startswith(prefixes)]
+    return {"kind": "adamw", "names": names, "params": [params[name] for name in names], "lr": lr, "betas": betas,
+            "eps": eps, "weight_decay": weight_decay}
+
+
+def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
+    """A Muon group per shape of the blocks' matrices."""
+    matrices = {name: p for name, p in params.items() if name.startswith("blocks.")}
+    groups = []
+    for shape in sorted({tuple(p.shape) for p in matrices.values()}):
+        names = [name for name, p in matrices.items() if tuple(p.shape) == shape]
+        groups.append({"kind": "muon", "names": names, "params": [matrices[name] for name in names], "lr": lr,
+                       "momentum": 0.95, "beta2": 0.9, "ns_steps": 5, "weight_decay": weight_decay})
+    return groups
+
+# %% ../nbs/05_optimizer.ipynb #build-optimizer-2
 def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02, embedding_lr: float = 0.3,
                     unembedding_lr: float = 0.008, scalar_lr: float = 0.5, smear_lr: float = 0.2,
                     weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
