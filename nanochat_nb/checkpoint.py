@@ -47,7 +47,7 @@ def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
-
+# %% ../nbs/06_checkpoint.ipynb #write-safetensors
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, one after the other, to disk (synced); returns the file's sha256."""
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))   # aligned
@@ -68,7 +68,7 @@ def meta_hash(meta: dict) -> str:
     text = json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
-
+# %% ../nbs/06_checkpoint.ipynb #write-checkpoint
 def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], meta: dict) -> None:
     """Write a checkpoint folder beside `path`, then rename it to `path`, replacing what was there."""
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -91,7 +91,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], meta: di
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-
+# %% ../nbs/06_checkpoint.ipynb #sync-folder
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -106,7 +106,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     found = [p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
-
+# %% ../nbs/06_checkpoint.ipynb #save-checkpoint
 def save_checkpoint(folder: str | Path, step: int, *, model: GPT, optimizer: MuonAdamW | None = None,
                     meta: dict | None = None, rt: Runtime | None = None, keep: int = 2) -> Path:
     """Save `folder`/step_00000100 atomically, then drop all but the newest `keep`. Every rank must call it; rank 0 writes.
@@ -146,7 +146,7 @@ def what_is_wrong(path: str | Path) -> str | None:
         return "meta.json is missing or unreadable"
     return None
 
-
+# %% ../nbs/06_checkpoint.ipynb #latest-checkpoint
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a stage's folder; damaged ones are named on standard error and skipped."""
     for path in reversed(list_checkpoints(folder)):
@@ -165,7 +165,7 @@ class Checkpoint:
     model_state: dict[str, Tensor]
     optimizer_state: dict[str, Tensor] | None
 
-
+# %% ../nbs/06_checkpoint.ipynb #load-checkpoint
 def load_checkpoint(folder: str | Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Checkpoint:
     """Read the checkpoint of `step` (None: the newest whole one). Raises UserError when there is none or it is damaged."""
     from safetensors.torch import load_file
@@ -210,6 +210,36 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
     device = detect_device(device) if device is None or isinstance(device, str) else device
     return make_model(GPTConfig(**checkpoint.meta["config"]), checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
 
+# %% ../nbs/06_checkpoint.ipynb #make-model-2
+def make_model(config: GPTConfig, state: dict[str, Tensor], device: torch.device | str,
+               dtype: torch.dtype | str | None) -> GPT:
+    """A GPT with these weights, kept in float32 and computing in dtype (None: the runtime's)."""
+    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    model = GPT(config, dtype=dtype or compute_dtype(device))
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def load_model(run: str | Path, stage: str = "sft", device: torch.device | str | None = None,
+               dtype: torch.dtype | str | None = None) -> tuple[GPT, Tokenizer, dict]:
+    """The model of a run's stage (base, sft or rl), its tokenizer, and the checkpoint's meta.
+
+    Weights are float32 and can be trained further; to generate in bfloat16, `model.inference_copy()` saves the casts.
+    Raises UserError for a run or stage that is not there and for a tokenizer that is not the checkpoint's.
+    """
+    run = Path(run)
+    have = [p.name for p in sorted(run.glob("*")) if list_checkpoints(p)]
+    if stage not in have:
+        raise UserError(f"run {run} has no checkpoint of stage {stage!r}" + (nearest(stage, have) if have else
+                        " nor of any other stage: run `bash run_all.sh` first"))
+    checkpoint = load_checkpoint(run / stage)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    if checkpoint.meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
+        raise UserError(f"{run / stage} is a checkpoint of another tokenizer than {run / 'tokenizer'}: "
+                        "put back the tokenizer it was trained with, or train again")
+    device = detect_device(device) if device is None or isinstance(device, str) else device
+    return make_model(GPTConfig(**checkpoint.meta["config"]), checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
+
 # %% ../nbs/06_checkpoint.ipynb #our-name
 NANOCHAT_NAMES = (("_orig_mod.", ""), ("transformer.wte.", "wte."), ("transformer.h.", "blocks."),
                   (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."), (".attn.c_v.", ".attn.v."),
@@ -223,7 +253,7 @@ def our_name(name: str) -> str:
         name = name.replace(theirs, ours)
     return name
 
-
+# %% ../nbs/06_checkpoint.ipynb #neutral-weights
 OCTOBER_2025 = {"window_pattern": "F", "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0,
                 "value_embed_layers": ()}
 
@@ -253,7 +283,7 @@ class EncodingOnly(pickle.Unpickler):
             return self.Plain
         raise UserError(f"tokenizer.pkl asks for {module}.{name}; only tiktoken.core.Encoding is admitted")
 
-
+# %% ../nbs/06_checkpoint.ipynb #read-nanochat-tokenizer
 def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
     """nanochat's tokenizer.pkl as a Tokenizer, without running any code from the file."""
     path = Path(folder) / "tokenizer.pkl"
@@ -278,7 +308,10 @@ def read_nanochat(folder: Path, step: int) -> tuple[dict[str, Tensor], dict]:
         state = torch.load(paths[0], map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{paths[0]} is damaged, or holds more than weights, which is not read") from error
-    fields = json.loads(paths[1].read_text(encoding="utf-8"))["model_config"]
+    try:
+        fields = json.loads(paths[1].read_text(encoding="utf-8"))["model_config"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{paths[1]} is no metadata of nanochat's: it has no model_config") from error
     return {our_name(name): t.float() for name, t in state.items()}, fields
 
 
