@@ -474,11 +474,12 @@ def keep_earlier(path: Path) -> None:
 
 def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> None:
     """Run a stage notebook headless in a kernel of its own; `output` is its log, saved whole after each cell and
-    every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of a UserError that a
-    cell raised, and papermill's error, which holds the traceback, for any other."""
+    every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of the error that a
+    cell raised; the traceback is in `output`."""
     sys.modules.setdefault("rfc3987_syntax", None)                     # a second of imports that validates nothing here
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     use_atomic_saves()
     logging.getLogger("papermill").setLevel(logging.ERROR)             # it cannot parse some comments, and says so
@@ -491,9 +492,11 @@ def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> No
                                        progress_bar=False, stdout_file=log, stderr_file=log, start_timeout=300,
                                        autosave_cell_every=5, **options)
     except PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(error.evalue) from None
-        raise
+        where = "" if error.ename == "UserError" else f"{error.ename}: "
+        raise UserError(f"{where}{error.evalue}" + (f" (traceback: {output})" if where else "")) from None
+    except DeadKernelError:
+        raise UserError(f"the process of {notebook.name} was killed, most often because memory ran out; lower "
+                        "micro_batch_rows, which changes no result, and run the same command again") from None
 
 # %% ../nbs/15_launch.ipynb #run-stage
 def run_stage(name: str, run: Path, overrides: dict[str, dict], log=None) -> None:

@@ -93,14 +93,14 @@ def imported(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_from_a_higher_number(module):
     for name in imported(ast.parse((LIBRARY / f"{module}.py").read_text(encoding="utf-8"))):
-        assert NUMBERS.get(name, -1) < NUMBERS[module], f"{module} ({NUMBERS[module]}) imports {name} ({NUMBERS[name]})"
+        assert NUMBERS[name] < NUMBERS[module], f"{module} ({NUMBERS[module]}) imports {name} ({NUMBERS[name]})"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_no_notebook_imports_from_a_higher_number(path):
     source = "\n".join(c["source"] for c in code_cells(path))
     for name in re.findall(r"^\s*(?:from|import) nanochat_nb\.(\w+)", source, re.M):
-        assert NUMBERS.get(name, -1) <= int(path.stem[:2]), f"{path.name} imports {name} ({NUMBERS[name]})"
+        assert NUMBERS[name] <= int(path.stem[:2]), f"{path.name} imports {name} ({NUMBERS[name]})"
 
 
 BLOCKER = """
