@@ -602,7 +602,7 @@ def _kernel(notebook, folder: Path, timeout: int = 600):
     steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
     with kernel_options() as options:
-        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True, store_widget_state=False,
                                 resources={"metadata": {"path": str(folder)}}, **options)
         client.reset_execution_trackers()
         with client.setup_kernel(env=env):

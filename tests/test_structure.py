@@ -223,3 +223,23 @@ def test_nothing_names_this_machine():
             text = path.read_text(encoding="utf-8", errors="replace")
             found = re.search(r"--(extra-)?index-url|--find-links|(?<![\w.])/(root|work|farm)/\w.*", text)
             assert not found, f"{name}: {found[0]}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_git_filter_leaves_clean_notebooks_alone(path):
+    """What `.gitconfig` puts between the working tree and a commit changes nothing in a clean notebook, and loses nothing."""
+    sys.path.insert(0, str(ROOT / ".githooks"))
+    try:
+        import notebook as hooks
+    finally:
+        sys.path.pop(0)
+    data = path.read_bytes()
+    assert hooks.clean(data) == data
+    used = json.loads(data)
+    for cell in used["cells"]:
+        cell["metadata"]["execution"] = {"iopub.status.busy": "now"}
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = 7
+    assert hooks.clean(json.dumps(used).encode()) == data
+    assert hooks.clean(b"<<<<<<< conflict") == b"<<<<<<< conflict"
+    assert "".join(used["cells"][0]["source"]).encode() in hooks.show(data)
