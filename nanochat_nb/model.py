@@ -25,7 +25,7 @@ __all__ = ['GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfi
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that determines the function a `GPT` computes. `asdict` of it is JSON; the JSON makes it again."""
+    """Everything that determines what a `GPT` computes. Its `asdict` is JSON, and makes it again."""
     sequence_len: int = 2048         # tokens per training row; RoPE reaches 10 times as far
     vocab_size: int = 32768          # the tokenizer's; stored padded to a multiple of 64
     n_layer: int = 12
@@ -36,7 +36,7 @@ class GPTConfig:
     rope_base: float = 100_000.0
     rope_dtype: str | None = None    # number format of the RoPE table; None: the compute dtype
     qk_scale: float = 1.2            # multiplies both q and k after their norm
-    value_embed_layers: str | tuple[int, ...] = "alternate"   # every second layer, the last included
+    value_embed_layers: str | tuple[int, ...] = "alternate"   # every second, the last included
 
     def __post_init__(self):
         layers = self.value_embed_layers
@@ -64,7 +64,7 @@ class GPTConfig:
     @classmethod
     def from_depth(cls, depth: int, *, vocab_size: int, sequence_len: int, head_dim: int = 128,
                    aspect_ratio: int = 64, window_pattern: str = "SSSL", **more) -> GPTConfig:
-        """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads (nanochat's dial)."""
+        """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads."""
         n_head = -(-depth * aspect_ratio // head_dim)
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
                    n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern, **more)
@@ -75,17 +75,19 @@ def _check_config(c: GPTConfig) -> None:
         if getattr(c, name) < 1:
             raise UserError(f"{name}={getattr(c, name)} must be at least 1")
     if c.n_embd % c.n_head or c.head_dim % 2:
-        raise UserError(f"n_embd={c.n_embd} does not divide into n_head={c.n_head} heads of an even number of channels")
+        raise UserError(f"n_embd={c.n_embd} does not divide into n_head={c.n_head} heads of an even "
+                        "number of channels")
     if c.n_head % c.n_kv_head:
         raise UserError(f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
     if c.n_embd < 24:
         raise UserError(f"n_embd={c.n_embd} is below 24, the channels that the smear gate reads")
     unknown = sorted(set(c.window_pattern) - set("SLF"))
     if unknown or not c.window_pattern:
-        raise UserError(f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and F (no limit)")
+        raise UserError(f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and "
+                        "F (no limit)")
     outside = [i for i in c.value_embed_layers if not 0 <= i < c.n_layer]
     if outside:
-        raise UserError(f"value_embed_layers names layer {outside[0]}, but there are only {c.n_layer} layers")
+        raise UserError(f"value_embed_layers names layer {outside[0]}; there are only {c.n_layer} layers")
 
 # %% ../nbs/04_model.ipynb #layer-windows
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
@@ -123,15 +125,19 @@ class Embedding(nn.Module):
         return F.embedding(idx, self.weight)
 
 # %% ../nbs/04_model.ipynb #rope-table
-def rope_table(length: int, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position × frequency, each (length, 1, head_dim / 2) in `dtype` (RoFormer, arXiv 2104.09864)."""
+def rope_table(length: int, head_dim: int, base: float,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position × frequency, each (length, 1, head_dim / 2) in `dtype`.
+
+    RoFormer, arXiv 2104.09864.
+    """
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i with channel i + D/2 by *minus* the position's angle. x (…, T, H, D) keeps its dtype."""
+    """Rotate channels i and i + D/2 of x (…, T, H, D) by *minus* the position's angle."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
@@ -149,7 +155,10 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #attend
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention. q (B, T, H, D), k and v (B, S, H_kv, D); mask bool (…, T, S), None is causal; (B, T, H, D)."""
+    """Softmax attention of q (B, T, H, D) over k and v (B, S, H_kv, D), giving (B, T, H, D).
+
+    mask is bool (…, T, S), True where a query sees a key; None is plain causal attention.
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.size(1) != k.size(1))
@@ -180,7 +189,7 @@ SMEAR_CHANNELS = 24     # channels the smear gate reads
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE, QK-norm, grouped key/value heads, a window, and gated value embeddings."""
+    """Causal self-attention: RoPE, QK-norm, GQA, a window, and gated value embeddings."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -228,7 +237,10 @@ class Block(nn.Module):
 
 # %% ../nbs/04_model.ipynb #smear
 def smear(x: Tensor, gate: Tensor, before: Tensor | None = None) -> Tensor:
-    """Add to each token's embedding a gated part of the one before. x (B, T, C), gate (B, T, 1), before (B, C)."""
+    """Add to each token's embedding a gated part of the one before it.
+
+    x (B, T, C), gate (B, T, 1); before (B, C) is what precedes the first, if anything does.
+    """
     mixed = x[:, 1:] + gate[:, 1:] * x[:, :-1]
     first = x[:, :1] if before is None else x[:, :1] + gate[:, :1] * before[:, None]
     return torch.cat([first, mixed], dim=1)
@@ -242,15 +254,18 @@ class Trunk(nn.Module):
         self.config, self.dtype = config, dtype or compute_dtype()
         rows, kv_dim = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.wte = Embedding(rows, config.n_embd)
-        self.value_embeds = nn.ModuleDict({str(i): Embedding(rows, kv_dim) for i in config.value_embed_layers})
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(rows, kv_dim)
+                                           for i in config.value_embed_layers})
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
-        self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.zeros(1))
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
-        table = rope_table(10 * config.sequence_len, config.head_dim, config.rope_base, rope_dtype(config, self.dtype))
-        self.register_buffer("cos", table[0], persistent=False)
-        self.register_buffer("sin", table[1], persistent=False)
+        cos, sin = rope_table(10 * config.sequence_len, config.head_dim, config.rope_base,
+                              rope_dtype(config, self.dtype))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def hidden(self, idx: Tensor, cache=None) -> Tensor:
         """Hidden states (B, T, C) in the compute dtype for token ids (B, T)."""
@@ -283,13 +298,19 @@ def rope_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype:
 
 
 def check_ids(idx: Tensor, model: Trunk) -> None:
-    """Refuse ids outside the vocabulary and rows beyond the RoPE table. (Ids on a GPU are not looked at: it would wait.)"""
+    """Refuse ids outside the vocabulary and rows beyond the RoPE table.
+
+    On a GPU the ids are not looked at: that would make the GPU wait in every step.
+    """
     if idx.ndim != 2 or idx.size(1) > model.cos.size(0):
         raise UserError(f"ids of shape {tuple(idx.shape)}: expected (batch, time) with time at most "
                         f"{model.cos.size(0)}, ten times the model's sequence_len")
-    if idx.device.type == "cpu" and idx.numel() and not 0 <= int(idx.min()) <= int(idx.max()) < model.config.vocab_size:
-        raise UserError(f"token id {int(idx.max()) if idx.min() >= 0 else int(idx.min())} is outside the vocabulary "
-                        f"of {model.config.vocab_size}: were the ids made by another tokenizer?")
+    if idx.device.type != "cpu" or not idx.numel():
+        return
+    low, high = int(idx.min()), int(idx.max())
+    if low < 0 or high >= model.config.vocab_size:
+        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of "
+                        f"{model.config.vocab_size}: were the ids made by another tokenizer?")
 
 # %% ../nbs/04_model.ipynb #start-reading
 def start_reading(model: Trunk, idx: Tensor, cache) -> Reading:
@@ -322,7 +343,10 @@ def head_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #chunk-loss
 def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
-    """Losses (R,) of rows x (R, C), and with scale (R,) the gradients of (losses * scale).sum() for x and weight."""
+    """Losses (R,) of rows x (R, C).
+
+    With scale (R,) also the gradients of (losses * scale).sum() with respect to x and weight.
+    """
     z = F.linear(x, weight)
     t = z.to(torch.promote_types(z.dtype, torch.float32)).div_(SOFTCAP).tanh_()
     e = t.mul(SOFTCAP).exp_()                      # logits are at most 15: no maximum to subtract
@@ -355,10 +379,10 @@ def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
 
 # %% ../nbs/04_model.ipynb #headloss
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of softcapped logits, computed in chunks of rows so that no (rows, vocab) tensor outlives one.
+    """Cross-entropy of softcapped logits, in chunks of rows: no (rows, vocab) tensor outlives one.
 
-    For "mean" and "sum" the gradient is computed on the way forward, while the chunk's logits are at hand; for
-    "none" backward computes them once more.
+    For "mean" and "sum" the gradient is computed on the way forward, while the chunk's logits are
+    at hand; for "none" backward computes them once more.
     """
 
     @staticmethod
@@ -376,7 +400,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if len(ctx.saved_tensors) == 2:
             grad_x, grad_weight = ctx.saved_tensors
-            return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+            return (*(g * grad.to(g.dtype) for g in (grad_x, grad_weight)), None, None)
         x, weight, targets = ctx.saved_tensors
         return *_all_chunks(x, weight, targets, grad)[1:], None, None
 
@@ -387,7 +411,8 @@ REDUCTIONS = ("mean", "sum", "none")
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of `head_logits(x, weight)` against targets, where -1 counts for nothing.
 
-    x (B, T, C), weight (vocab, C), targets (B, T). "none" gives (B, T). Without any target the loss is 0, not NaN.
+    x (B, T, C), weight (vocab, C), targets (B, T). "none" gives (B, T). Without any target the
+    loss is 0, not NaN. Raises UserError for an unknown reduction.
     """
     if reduction not in REDUCTIONS:
         raise UserError(f"unknown reduction {reduction!r}{nearest(reduction, REDUCTIONS)}")
@@ -405,7 +430,8 @@ class GPT(Trunk):
         super().__init__(config, dtype=dtype)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache=None, reduction: str = "mean") -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache=None,
+                reduction: str = "mean") -> Tensor:
         """Logits float32 (B, T, vocab_size) for ids (B, T); with targets (B, T) the loss, -1 ignored."""
         x = self.hidden(idx, cache)
         weight = self.lm_head.weight[:self.config.vocab_size]
@@ -486,8 +512,8 @@ def store_in_compute_dtype(model: GPT) -> GPT:
 class KVCache:
     """The keys and values of every layer for `batch` rows, each at a position of its own.
 
-    `positions` (batch,) counts the tokens cached per row. Set `lengths` (batch,) before a call whose ids are padded
-    on the right; None means that all are valid. Slot `max_len` is a bin for padding.
+    `positions` (batch,) counts the tokens cached per row. Set `lengths` (batch,) before a call whose
+    ids are padded on the right; None means that all are valid. Slot `max_len` is a bin for padding.
     """
 
     def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device | str = "cpu",
@@ -501,7 +527,7 @@ class KVCache:
         self.max_len, self.filled = max_len, 0           # filled: the longest row's position
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the new keys and values (B, T, H_kv, D); return all of the layer's, (B, S, H_kv, D), and no mask."""
+        """Store new keys and values (B, T, H_kv, D); return all of the layer's and no mask."""
         batch, time = k.shape[:2]
         if self.filled + time > self.max_len < int((self.positions + self.lengths).max()):
             raise UserError(f"the cache holds {self.max_len} tokens per row and this text is longer")

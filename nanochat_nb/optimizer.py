@@ -73,8 +73,9 @@ def renormalize(x: Tensor) -> Tensor:
 
 # %% ../nbs/05_optimizer.ipynb #even-out
 def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
-    """Divide each row (column, if wide) of x by its running RMS, keeping x's norm (NorMuon, arXiv 2510.05491).
+    """Divide each row (column, if wide) of x by its running RMS, keeping x's norm.
 
+    NorMuon, arXiv 2510.05491.
     second (…, m, 1) or (…, 1, n) is the running mean square, updated in place.
     """
     dim = -1 if x.size(-2) >= x.size(-1) else -2
@@ -86,8 +87,9 @@ def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
     return x * (scale * (norm_before / norm_after.clamp_min(1e-10)))
 
 # %% ../nbs/05_optimizer.ipynb #muon-update
-def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, second: Tensor, *, lr: float, momentum: float,
-                beta2: float, weight_decay: float, steps: int, dtype: torch.dtype) -> None:
+def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, second: Tensor, *, lr: float,
+                momentum: float, beta2: float, weight_decay: float, steps: int,
+                dtype: torch.dtype) -> None:
     """One Muon step in place for a stack of matrices p (K, m, n); the products are computed in dtype."""
     momentum_buffer.lerp_(grad, 1 - momentum)
     ahead = grad.lerp(momentum_buffer, momentum)                                     # Nesterov
@@ -151,8 +153,8 @@ class AdamWStack:
     def update(self, part: Tensor, grad: Tensor, step: int, dtype: torch.dtype) -> None:
         """Update this rank's part of the parameter in place."""
         g = self.group
-        adamw_update(part, grad, self.state["mean"], self.state["square"], step=step, lr=g["lr"], betas=g["betas"],
-                     eps=g["eps"], weight_decay=g["weight_decay"])
+        adamw_update(part, grad, self.state["mean"], self.state["square"], step=step, lr=g["lr"],
+                     betas=g["betas"], eps=g["eps"], weight_decay=g["weight_decay"])
 
 # %% ../nbs/05_optimizer.ipynb #muonstack
 class MuonStack(AdamWStack):
@@ -176,25 +178,30 @@ class MuonStack(AdamWStack):
     def update(self, part: Tensor, grad: Tensor, step: int, dtype: torch.dtype) -> None:
         """Update this rank's matrices in place."""
         g = self.group
-        muon_update(part, grad, self.state["momentum"], self.state["second"], lr=g["lr"], momentum=g["momentum"],
-                    beta2=g["beta2"], weight_decay=g["weight_decay"], steps=g["ns_steps"], dtype=dtype)
+        muon_update(part, grad, self.state["momentum"], self.state["second"], lr=g["lr"],
+                    momentum=g["momentum"], beta2=g["beta2"], weight_decay=g["weight_decay"],
+                    steps=g["ns_steps"], dtype=dtype)
 
 # %% ../nbs/05_optimizer.ipynb #muonadamw
 class MuonAdamW:
-    """AdamW and Muon groups, stepped together; gradients are averaged over ranks and states divided among them.
+    """AdamW and Muon groups, stepped together; gradients averaged over ranks, states divided.
 
-    Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names, and its numbers:
-    lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, ns_steps, weight_decay for Muon, whose params are
-    matrices of one shape. Change them between steps as you like. A parameter without gradient counts as zero gradient.
+    Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names, and its
+    numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, ns_steps, weight_decay for
+    Muon, whose params are matrices of one shape. Change them between steps as you like. A parameter
+    without gradient counts as having gradient zero. Raises UserError for groups that are neither.
     """
 
-    def __init__(self, param_groups: list[dict], rt: Runtime | None = None, *, dtype: torch.dtype | None = None):
-        on = rt is None and dist.is_initialized()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if on else (rt.rank, rt.world_size) if rt else (0, 1)
+    def __init__(self, param_groups: list[dict], rt: Runtime | None = None, *,
+                 dtype: torch.dtype | None = None):
+        rank, world = (rt.rank, rt.world_size) if rt else (0, 1)
+        if rt is None and dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
         self.param_groups, self.steps = param_groups, 0
         self.dtype = dtype or (rt.dtype if rt else compute_dtype())
         self.is_main = rank == 0
-        self.stacks = [stack for i, group in enumerate(param_groups) for stack in make_stacks(group, i, rank, world)]
+        self.stacks = [stack for i, group in enumerate(param_groups)
+                       for stack in make_stacks(group, i, rank, world)]
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -204,7 +211,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average gradients over ranks, update this rank's part, collect the others'. Every rank must call it."""
+        """Average gradients, update this rank's part, collect the others'. Every rank must call it."""
         self.steps += 1
         waiting = [(s, s.shard.reduce(s.rows([grad_of(p) for p in s.params]))) for s in self.stacks]
         arriving = []
@@ -231,7 +238,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's part of a `full_state` saved by any number of ranks. UserError when it does not fit."""
+        """Take this rank's part of a `full_state` from any number of ranks; UserError if it does not fit."""
         check_state(self, state)
         self.steps = int(state["step"])
         for stack in self.stacks:
@@ -363,13 +370,16 @@ def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
                                     "it belongs to another model")
 
 # %% ../nbs/05_optimizer.ipynb #build-optimizer
-def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02, embedding_lr: float = 0.3,
-                    unembedding_lr: float = 0.008, scalar_lr: float = 0.5, smear_lr: float = 0.2,
+def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02,
+                    embedding_lr: float = 0.3, unembedding_lr: float = 0.008,
+                    scalar_lr: float = 0.5, smear_lr: float = 0.2,
                     weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
-    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5. `weight_decay`
-    is Muon's. Every group keeps its first learning rate as group["initial_lr"], for schedules to multiply.
+    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5.
+    `weight_decay` is Muon's. Every group keeps its first learning rate as group["initial_lr"], for
+    schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10, which turns the rounding
+    noise that a new model's scalars have for a gradient into whole steps.
     """
     params = dict(model.named_parameters())
     scale = (model.config.n_embd / 768) ** -0.5
@@ -389,8 +399,8 @@ def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple
                 eps: float = 1e-10) -> dict:
     """An AdamW group of the parameters whose names begin with one of `prefixes`."""
     names = [name for name in params if name.startswith(prefixes)]
-    return {"kind": "adamw", "names": names, "params": [params[name] for name in names], "lr": lr, "betas": betas,
-            "eps": eps, "weight_decay": weight_decay}
+    return {"kind": "adamw", "names": names, "params": [params[name] for name in names],
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
 
 def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
@@ -404,13 +414,16 @@ def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
     return groups
 
 # %% ../nbs/05_optimizer.ipynb #build-optimizer-2
-def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02, embedding_lr: float = 0.3,
-                    unembedding_lr: float = 0.008, scalar_lr: float = 0.5, smear_lr: float = 0.2,
+def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02,
+                    embedding_lr: float = 0.3, unembedding_lr: float = 0.008,
+                    scalar_lr: float = 0.5, smear_lr: float = 0.2,
                     weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
-    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5. `weight_decay`
-    is Muon's. Every group keeps its first learning rate as group["initial_lr"], for schedules to multiply.
+    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5.
+    `weight_decay` is Muon's. Every group keeps its first learning rate as group["initial_lr"], for
+    schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10, which turns the rounding
+    noise that a new model's scalars have for a gradient into whole steps.
     """
     params = dict(model.named_parameters())
     scale = (model.config.n_embd / 768) ** -0.5
@@ -430,8 +443,8 @@ def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple
                 eps: float = 1e-10) -> dict:
     """An AdamW group of the parameters whose names begin with one of `prefixes`."""
     names = [name for name in params if name.startswith(prefixes)]
-    return {"kind": "adamw", "names": names, "params": [params[name] for name in names], "lr": lr, "betas": betas,
-            "eps": eps, "weight_decay": weight_decay}
+    return {"kind": "adamw", "names": names, "params": [params[name] for name in names],
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
 
 def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
