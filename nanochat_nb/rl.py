@@ -27,8 +27,8 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights', 'policy_rows',
-           'policy_gradient', 'open_questions', 'questions_of', 'test_pass', 'rl_multiplier', 'check_rl', 'practise',
-           'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft', 'run_rl']
+           'policy_gradient', 'open_questions', 'that_fit', 'questions_of', 'test_pass', 'rl_multiplier', 'check_rl',
+           'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft', 'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -138,6 +138,14 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
     pairs = [(task, i) for task in opened for i in range(len(task))]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
     return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
+
+
+def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer, sequence_len: int) -> list[tuple[Task, dict]]:
+    """The questions that leave room for an answer in `sequence_len` tokens. Raises UserError when none does."""
+    fit = [q for q in questions if len(tokenizer.render_for_completion(q[1])) + 8 <= sequence_len]
+    if not fit:
+        raise UserError(f"no question leaves room for an answer in the model's {sequence_len} tokens; practise other tasks")
+    return fit
 
 
 def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
@@ -250,7 +258,7 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100, data: str = "",
-           prompts_per_step: int = 8, samples_per_prompt: int = 8, steps: int = 3, max_new_tokens: int = 48,
+           prompts_per_step: int = 8, samples_per_prompt: int = 8, steps: int = 3, max_new_tokens: int = 96,
            temperature: float = 1.0, top_k: int = 0, advantage: str = "mean", normalize: str = "tokens",
            lr_fraction: float = 0.05, lr_shape: str = "cosine", micro_batch_rows: int = 32, eval_prompts: int = 16,
            eval_samples: int = 4, eval_every: int = 0, save_every: int = 50, keep: int = 2, device: str = "",
@@ -267,11 +275,12 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed)
     held = open_questions(tasks, "val", data=data, examples=-(-eval_prompts // len(tasks)), seed=seed)[:eval_prompts]
     model, tokenizer, sft = prepare_sft(run, folder, rt)
+    practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
     engine = Engine(model, tokenizer)
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0, **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-                        steps=steps or max(1, len(questions) // prompts_per_step), recipe=recipe(p, **made_by),
+                        steps=steps or max(1, len(practice) // prompts_per_step), recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
-    practise(loop, engine, tokenizer, questions, held, p)
-    return finish(loop, rl_metrics(loop), p)
+    practise(loop, engine, tokenizer, practice, held, p)
+    return finish(loop, rl_metrics(loop), p, questions=len(practice), too_long=len(questions) - len(practice))
