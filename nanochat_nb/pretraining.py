@@ -27,17 +27,18 @@ from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progres
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
-__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS', 'UNIMPORTANT',
-           'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier',
-           'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save', 'stop',
-           'update', 'finish', 'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
-           'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer',
-           'build_model', 'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain', 'say',
-           'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
+__all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
+           'UNIMPORTANT', 'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base',
+           'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save',
+           'stop', 'update', 'finish', 'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough',
+           'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run',
+           'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain',
+           'say', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
 REFERENCE_BATCH = 2**19        # tokens a step that were best there
+REFERENCE_RATIO = 12           # tokens read per scaling parameter there
 BATCH_EXPONENT = 0.383         # best batch ∝ tokens^0.383 ("Power Lines", arXiv 2505.13738)
 HORIZON_EXPONENT = 0.32        # best learning rate ∝ tokens^-0.32 (Bjorck et al. 2024, arXiv 2409.19913)
 
@@ -89,7 +90,8 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, t
         best_batch(reference_tokens=reference, steps=steps, tokens=0 if steps else token_ratio * parameters),
         config.sequence_len)
     steps = steps or max(1, round(token_ratio * parameters / batch))
-    scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=reference)
+    anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's learning rates were tuned for
+    scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=anchor)
     decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(steps * batch, token_ratio * parameters)
     return Plan(steps=steps, batch_tokens=batch, tokens=steps * batch, parameters=parameters,
                 lr_scale=lr_scale * scale, weight_decay=decay, warmup_steps=min(warmup_steps, max(1, steps // 10)))
