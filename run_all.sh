@@ -39,12 +39,15 @@ find_python() {
 }
 
 install() {
-  local stamp="$here/.venv/installed" want
-  want=$(cd "$here" && echo "$here" | cat - requirements.lock settings.ini setup.py pyproject.toml | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "$here/.venv/bin/python" -c '' 2>/dev/null; then return; fi
-  local python; python=$(find_python) || exit 1
+  local stamp="$here/.venv/installed" want have
+  want=$(cd "$here" && cat requirements.lock settings.ini setup.py pyproject.toml | cksum; echo "$here")
+  have=$(cat "$stamp" 2>/dev/null || true)
+  if [ "$have" = "$want" ] && "$here/.venv/bin/python" -c '' 2>/dev/null; then return; fi
   echo "Installing into .venv (once; a few minutes)"
-  "$python" -m venv --clear "$here/.venv"
+  if [ "${have##*$'\n'}" != "$here" ] || ! "$here/.venv/bin/python" -c '' 2>/dev/null; then    # none, moved, or its Python is gone
+    local python; python=$(find_python) || exit 1
+    "$python" -m venv --clear "$here/.venv"
+  fi
   (cd "$here" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
     && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .)
   echo "$want" > "$stamp"
