@@ -609,8 +609,11 @@ def _kernel(notebook, folder: Path, timeout: int = 600):
             yield client
 
 # %% ../nbs/15_launch.ipynb #settle
+_PASSING = re.compile(r"\d+%\||\bit/s\b|s/it\b|Matplotlib is building the font cache")
+
+
 def _settle(cell) -> None:
-    """Remove from an executed cell what differs from run to run: counts, times, progress bars."""
+    """Remove from an executed cell what differs from run to run: counts, times, progress bars, a new machine's first words."""
     cell.execution_count = None
     cell.metadata.pop("execution", None)
     kept = []
@@ -618,7 +621,7 @@ def _settle(cell) -> None:
         if output.output_type == "execute_result":
             output.execution_count = None
         if output.output_type == "stream" and output.name == "stderr":
-            output.text = "".join(x for x in output.text.splitlines(True) if not re.search(r"\d+%\||\bit/s\b|s/it\b", x))
+            output.text = "".join(line for line in output.text.splitlines(True) if not _PASSING.search(line))
         if output.output_type != "stream" or output.text.strip():
             kept.append(output)
     cell.outputs = kept
