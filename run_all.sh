@@ -66,11 +66,18 @@ install_test_tools() {
 }
 
 chat() {
-  local run
-  run=$(option --run laptop "$@")
-  case $run in */*) run=$(cd "$from" && realpath "$run") ;; *) run="$here/runs/$run" ;; esac
+  local run=laptop rest=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --run) [ $# -gt 1 ] || fail "--run needs a name"; run=$2; shift 2 ;;
+      --run=*) run=${1#*=}; shift ;;
+      *) rest+=("$1"); shift ;;
+    esac
+  done
+  case $run in */*) cd "$from"; run=$(realpath "$run") ;; *) run=$here/runs/$run ;; esac
+  [ -d "$run/base" ] || fail "there is no trained model in $(basename "$run"); run \`bash run_all.sh\` first, or give --run NAME"
   cd "$here"
-  exec "$bin/python" -m nanochat_nb.ui --run "$run" --port "$(option --port 8866 "$@")"
+  exec "$bin/python" -m nanochat_nb.ui --run "$run" ${rest[@]+"${rest[@]}"}
 }
 
 case ${1:-} in -h|--help|help) usage; exit 0 ;; esac

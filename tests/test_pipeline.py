@@ -217,3 +217,11 @@ def test_help_needs_no_installation(tmp_path):
     done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--depth" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["run_all.sh"]
+
+
+def test_chat_without_a_model_says_so(tmp_path):
+    """run_all.sh's own shell code, with the installation taken out."""
+    script = (ROOT / "run_all.sh").read_text().replace("\ninstall\n", "\n")
+    (tmp_path / "run_all.sh").write_text(script)
+    done = subprocess.run(["bash", "run_all.sh", "chat", "--run", "nothing", "--port", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: there is no trained model in nothing" in done.stderr
