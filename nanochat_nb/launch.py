@@ -609,7 +609,7 @@ def _kernel(notebook, folder: Path, timeout: int = 600):
             yield client
 
 # %% ../nbs/15_launch.ipynb #settle
-_PASSING = re.compile(r"\d+%\||\bit/s\b|s/it\b|Matplotlib is building the font cache")
+_PASSING = re.compile(r"\d+%\||it/s\b|s/it\b|\dit \[|Matplotlib is building the font cache")
 
 
 def _settle(cell) -> None:
