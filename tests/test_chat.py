@@ -59,6 +59,9 @@ def script(tok: Tokenizer):
     return reply
 
 
+SLOW_MS = 180_000          # a kernel takes a few seconds to start; a busy machine, minutes
+
+
 @pytest.fixture(scope="module")
 def page_address(tokenizer):
     """The page, over the real server with a scripted engine."""
@@ -74,7 +77,7 @@ def page_address(tokenizer):
     voila = subprocess.Popen(voila_command(port), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)
     address = f"http://127.0.0.1:{port}/"
-    wait_until(lambda: answers(address + "static/missing"), 60)
+    wait_until(lambda: answers(address + "static/missing"), SLOW_MS / 1000)
     yield address
     stop_all([voila])
     server.should_exit = True
@@ -111,6 +114,7 @@ def browser():
 def page(browser, page_address):
     """A fresh visitor; requests that leave this machine and errors on the page fail the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 800})
+    context.set_default_timeout(SLOW_MS)
     page, trouble = context.new_page(), []
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("request", lambda r: trouble.append(r.url) if not re.match(r"(https?://127\.0\.0\.1|data:|blob:)", r.url) else None)
@@ -121,8 +125,8 @@ def page(browser, page_address):
 
 
 def visit(page, address: str) -> None:
-    page.goto(address)
-    page.wait_for_selector(".nc-picker option", state="attached", timeout=60_000)
+    page.goto(address, timeout=SLOW_MS)
+    page.wait_for_selector(".nc-picker option", state="attached", timeout=SLOW_MS)
 
 
 def send(page, text: str) -> None:
@@ -131,7 +135,7 @@ def send(page, text: str) -> None:
 
 
 def finished(page) -> None:
-    page.wait_for_selector(".nc-root:not(.nc-running)", timeout=30_000)
+    page.wait_for_selector(".nc-root:not(.nc-running)", timeout=SLOW_MS)
 
 
 ANSWER = ".nc-assistant:last-child .nc-body"
@@ -167,7 +171,7 @@ def test_stop_keeps_what_came_and_frees_the_row(page):
     page.wait_for_timeout(300)
     assert page.inner_text(ANSWER) == kept                   # nothing arrives late
     send(page, "What is 12 times 37?")                       # and the next question is answered
-    page.wait_for_selector(".nc-tool-out", timeout=30_000)
+    page.wait_for_selector(".nc-tool-out", timeout=SLOW_MS)
 
 
 def test_a_tool_call_is_a_block(page):
@@ -230,6 +234,11 @@ def test_a_phone(browser, page_address):
     context.close()
 
 
+def heed_interrupts() -> None:
+    """A suite started in the background ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_one_command_starts_everything_and_stops_it(browser, tokenizer, tmp_path, root):
     """A trained run's folder, the real command, the real engine; then Ctrl-C."""
     from nanochat_nb.checkpoint import save_checkpoint
@@ -242,10 +251,12 @@ def test_one_command_starts_everything_and_stops_it(browser, tokenizer, tmp_path
     port = free_port(2)
     log = open(tmp_path / "log", "w+")
     both = subprocess.Popen([sys.executable, "-m", "nanochat_nb.ui", "--run", str(tmp_path / "tiny"), "--port", str(port)],
-                            cwd=root, stdout=log, stderr=subprocess.STDOUT)
+                            cwd=root, stdout=log, stderr=subprocess.STDOUT,
+                            preexec_fn=heed_interrupts)
     try:
-        wait_until(lambda: "chat with it" in (tmp_path / "log").read_text() or both.poll() is not None, 90)
+        wait_until(lambda: "chat with it" in (tmp_path / "log").read_text() or both.poll() is not None, SLOW_MS / 1000)
         page = browser.new_page()
+        page.set_default_timeout(SLOW_MS)
         visit(page, f"http://127.0.0.1:{port}/")
         assert page.input_value(".nc-picker") == "tiny-sft"
         send(page, "Who are you?")
@@ -255,7 +266,7 @@ def test_one_command_starts_everything_and_stops_it(browser, tokenizer, tmp_path
         page.close()
     finally:
         both.send_signal(signal.SIGINT)
-        both.wait(30)
+        both.wait(60)
     assert both.returncode == 0, (tmp_path / "log").read_text()
     for address in (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}/health"):
         assert not answers(address)
