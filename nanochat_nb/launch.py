@@ -33,12 +33,12 @@ from .runtime import Runtime, UserError, file_hash, nearest, write_atomic, write
 
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
-           'check_files', 'check_sizes', 'stage_parameters', 'content_hash', 'step_key', 'product_files', 'marker_path',
-           'read_marker', 'damage', 'identity', 'git_sha', 'upstream', 'status', 'set_aside', 'begin', 'finish', 'tags',
-           'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports', 'use_atomic_saves',
-           'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage', 'run_processes',
-           'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh',
-           'arguments', 'main', 'command_line']
+           'check_files', 'check_sizes', 'check_names', 'stage_parameters', 'content_hash', 'step_key', 'product_files',
+           'marker_path', 'read_marker', 'damage', 'identity', 'git_sha', 'upstream', 'status', 'set_aside', 'begin',
+           'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports',
+           'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage',
+           'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises',
+           'refresh', 'arguments', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -203,6 +203,27 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     plan = plan_base(config, **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
     check_rl(stage_parameters(STEPS["rl"], overrides), Runtime(torch.device("cpu"), torch.float32, 0, processes))
+    sft = stage_parameters(STEPS["sft"], overrides)
+    rows = sft["total_batch_tokens"] or plan.batch_tokens
+    if rows % base["sequence_len"]:
+        raise UserError(f"sft.total_batch_tokens {rows} is no multiple of base.sequence_len {base['sequence_len']}")
+    check_rows(rows, base["sequence_len"], sft["micro_batch_rows"], processes)
+    if sft["lr_fraction"] <= 0:
+        raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
+
+
+def check_names(overrides: dict[str, dict]) -> None:
+    """Raise UserError for a task that no stage knows and for a data folder that is not there."""
+    from nanochat_nb.tasks import EMBEDDED, REAL
+    known = [*EMBEDDED, *REAL]
+    for stage, name in (("sft", "mixture"), ("rl", "tasks"), ("eval", "tasks")):
+        for task in overrides.get(stage, {}).get(name) or ():
+            if task not in known and not Path(task).is_file():
+                raise UserError(f"{stage}.{name}: unknown task {task!r}{nearest(task, known)}")
+    for stage, values in overrides.items():
+        data = values.get("data", "")
+        if data not in ("", "huggingface") and not Path(data).is_dir():
+            raise UserError(f"{stage}.data: there is no folder {data}; name one, or \"huggingface\"")
 
 
 def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
@@ -561,27 +582,28 @@ def run_path(name: str) -> Path:
     return ROOT / "runs" / name
 
 # %% ../nbs/15_launch.ipynb #launch
-def launch(overrides: dict[str, dict], run: Path, *, processes: int = 1, until: str = "report") -> None:
+def launch(overrides: dict[str, dict], run: Path, *, title: str = "", processes: int = 1,
+           until: str = "report") -> None:
     """Run every step of the plan that is not finished, in order; the log of it all is `log.txt` in the run's folder."""
     import yaml
     with only_one(run), open(run / "log.txt", "a", encoding="utf-8") as file:
         preset = run / "preset.yaml"
-        write_atomic(preset, yaml.safe_dump(overrides, sort_keys=True))
+        write_atomic(preset, f"# preset: {title or run.name}\n" + yaml.safe_dump(overrides, sort_keys=True))
         log = Tee(sys.stdout, file)
         wanted = list(STEPS)[:list(STEPS).index(until) + 1]
         for number, name in enumerate(wanted, 1):
-            step, title = STEPS[name], f"[{number}/{len(wanted)}] {name}"
+            step, heading = STEPS[name], f"[{number}/{len(wanted)}] {name}"
             state = status(run, step, step_key(name, stage_parameters(step, overrides), upstream(run, step)))
             if state == "finished":
-                log.write(f"{title}: finished earlier\n")
+                log.write(f"{heading}: finished earlier\n")
                 continue
-            log.write(f"{title}" + (f": {state}\n" if "," in state else "\n"))
+            log.write(f"{heading}" + (f": {state}\n" if "," in state else "\n"))
             start = time.monotonic()
             if processes == 1:
                 run_stage(name, run, overrides, log)
             else:
                 run_processes(name, run, preset, processes, log)
-            log.write(f"{title}: done in {time.monotonic() - start:.0f} s\n")
+            log.write(f"{heading}: done in {time.monotonic() - start:.0f} s\n")
 
 # %% ../nbs/15_launch.ipynb #show-report
 def show_report(run: Path) -> None:
@@ -750,10 +772,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = run_path(args.run or Path(args.what).stem)
     processes = args.processes or max(1, torch.cuda.device_count())
     if args.until != "tokenizer":
+        check_names(overrides)
         check_sizes(overrides, processes)
     check_files(overrides)
     print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}", flush=True)
-    launch(overrides, run, processes=processes, until=args.until)
+    launch(overrides, run, title=Path(args.what).stem, processes=processes, until=args.until)
     if args.until == "report":
         show_report(run)
 
