@@ -218,38 +218,6 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
     config = GPTConfig(**checkpoint.meta["config"])
     return make_model(config, checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
 
-# %% ../nbs/06_checkpoint.ipynb #make-model-2
-def make_model(config: GPTConfig, state: dict[str, Tensor], device: torch.device | str,
-               dtype: torch.dtype | str | None) -> GPT:
-    """A GPT with these weights, kept in float32 and computing in dtype (None: the runtime's)."""
-    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    model = GPT(config, dtype=dtype or compute_dtype(device))
-    model.load_state_dict(state)
-    return model.to(device).eval()
-
-
-def load_model(run: str | Path, stage: str = "sft", device: torch.device | str | None = None,
-               dtype: torch.dtype | str | None = None) -> tuple[GPT, Tokenizer, dict]:
-    """The model of a run's stage (base, sft or rl), its tokenizer, and the checkpoint's meta.
-
-    Weights are float32 and can be trained further; to generate in bfloat16,
-    `model.inference_copy()` saves the casts.
-    Raises UserError for a run or stage that is not there and for a tokenizer that is not the checkpoint's.
-    """
-    run = Path(run)
-    have = [p.name for p in sorted(run.glob("*")) if list_checkpoints(p)]
-    if stage not in have:
-        raise UserError(f"run {run} has no checkpoint of stage {stage!r}" + (nearest(stage, have) if have else
-                        " nor of any other stage: run `bash run_all.sh` first"))
-    checkpoint = load_checkpoint(run / stage)
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    if checkpoint.meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
-        raise UserError(f"{run / stage} is a checkpoint of another tokenizer than {run / 'tokenizer'}: "
-                        "put back the tokenizer it was trained with, or train again")
-    device = detect_device(device) if device is None or isinstance(device, str) else device
-    config = GPTConfig(**checkpoint.meta["config"])
-    return make_model(config, checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
-
 # %% ../nbs/06_checkpoint.ipynb #our-name
 NANOCHAT_NAMES = (("_orig_mod.", ""), ("transformer.wte.", "wte."), ("transformer.h.", "blocks."),
                   (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."), (".attn.c_v.", ".attn.v."),

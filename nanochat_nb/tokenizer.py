@@ -129,23 +129,6 @@ def _train_fast(texts: Iterable[str], num_merges: int, pattern: str) -> list[byt
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     return [bytes(token) for token, _ in ranks]
 
-# %% ../nbs/02_tokenizer.ipynb #tokens-of-2
-def tokens_of(merges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of every token, by id: the 256 bytes, then one per merge."""
-    tokens = [bytes([b]) for b in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
-    return tokens
-
-
-def _train_fast(texts: Iterable[str], num_merges: int, pattern: str) -> list[bytes]:
-    import rustbpe
-    trainer = rustbpe.Tokenizer()
-    parts = (part for text in texts for part in _parts(text))
-    trainer.train_from_iterator(parts, 256 + num_merges, pattern=pattern)
-    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    return [bytes(token) for token, _ in ranks]
-
 # %% ../nbs/02_tokenizer.ipynb #special-tokens
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
