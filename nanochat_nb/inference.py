@@ -600,7 +600,7 @@ def best_stage(run: str | Path) -> str:
     from nanochat_nb.checkpoint import latest_checkpoint
     folder = Path(run)
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        siblings = [p.parent.name for p in folder.parent.glob("*/tokenizer")]
         hint = nearest(folder.name, siblings) if siblings else ""
         raise UserError(f"there is no run at {folder}{hint}; make one with: bash run_all.sh")
     have = [s for s in STAGES if latest_checkpoint(folder / s) is not None]

@@ -248,7 +248,7 @@ def content_hash(path: str | Path) -> str:
 def _with_contents(value):
     """`value` with every path to a file or folder replaced by its name and the hash of what is in it."""
     if isinstance(value, dict):
-        return {k: _with_contents(v) for k, v in value.items()}
+        return {json.dumps(_with_contents(k)): _with_contents(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_with_contents(v) for v in value]
     return [Path(value).name, content_hash(value)] if _is_path(value) else value
@@ -766,8 +766,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     check_exports()
     data = (_existing([args.data], "--data") or [None])[0] if args.data else None
-    overrides = override(load_preset(args.preset or args.what), settings=args.settings, depth=args.depth,
-                         text=_existing(args.text, "--text"), data=data,
+    settings = ([f"eval.data={json.dumps(data)}"] if data else []) + args.settings
+    overrides = override(load_preset(args.preset or args.what), settings=settings, depth=args.depth,
+                         text=_existing(args.text, "--text"),
                          conversations=_existing(args.conversations, "--conversations"))
     run = run_path(args.run or Path(args.what).stem)
     processes = args.processes or max(1, torch.cuda.device_count())

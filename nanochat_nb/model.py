@@ -432,7 +432,13 @@ class GPT(Trunk):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache=None,
                 reduction: str = "mean") -> Tensor:
-        """Logits float32 (B, T, vocab_size) for ids (B, T); with targets (B, T) the loss, -1 ignored."""
+        """Logits float32 (B, T, vocab_size) for ids (B, T); with targets (B, T) the loss, -1 ignored.
+
+        Raises UserError for ids that cannot be read, and for training rows longer than sequence_len.
+        """
+        if targets is not None and torch.is_grad_enabled() and idx.size(1) > self.config.sequence_len:
+            raise UserError(f"a training row of {idx.size(1)} tokens is longer than the model's sequence_len "
+                            f"{self.config.sequence_len}; cut it, or build the model for longer rows")
         x = self.hidden(idx, cache)
         weight = self.lm_head.weight[:self.config.vocab_size]
         return head_logits(x, weight) if targets is None else head_loss(x, weight, targets, reduction)

@@ -152,6 +152,9 @@ def run_sft(*, run: str = "", conversations: list[str] = [], conversation_epochs
     model, tokenizer, base, optimizer_state = prepare_base(run, folder, rt)
     T, batch = model.config.sequence_len, total_batch_tokens or base["plan"]["batch_tokens"]
     check_rows(batch, T, micro_batch_rows, rt.world_size)
+    if not len(val) and rt.is_main:
+        print("sft: no conversation is held out (too few were given); the loss called held-out is over TRAINING conversations",
+              flush=True)
     packed, held = (pack_mixture(m, tokenizer, sequence_len=T) for m in (train, val if len(val) else train))
     rates = learning_rates(lr_fraction * base["plan"]["lr_scale"] * math.sqrt(batch / base["plan"]["batch_tokens"]))
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0, **rates)
