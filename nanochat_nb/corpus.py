@@ -15,6 +15,7 @@ import random
 import re
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.request
 import zlib
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -34,14 +36,14 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
            'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
-           'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'CODE_REQUESTS', 'Topic', 'IDENTITY',
-           'SMALL_TALK_TOPICS', 'MEMORY', 'SPELL_QUESTIONS', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of',
-           'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article',
-           'dialogue', 'Problem', 'in_words', 'word_problem', 'arithmetic', 'invented_word', 'spelling_word',
-           'counting', 'spelling', 'Function', 'small_function', 'code', 'Document', 'world_document', 'turns',
-           'message_text', 'render_choice', 'conversations', 'check_conversation', 'cut_text', 'file_documents',
-           'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder',
-           'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'CODE_REQUESTS', 'MEMORY',
+           'SPELL_QUESTIONS', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital',
+           'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
+           'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'in_words', 'word_problem', 'arithmetic',
+           'invented_word', 'spelling_word', 'spelling', 'Function', 'small_function', 'code', 'Document',
+           'world_document', 'turns', 'message_text', 'talk', 'conversations', 'check_conversation', 'cut_text',
+           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
+           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -72,6 +74,12 @@ class Fact:
     questions: tuple[str, ...] = field(repr=False)
     follow_ups: tuple[str, ...] = field(repr=False)
     values: tuple[str, ...] = field(repr=False)
+
+    @property
+    def replies(self) -> tuple[str, ...]:
+        """How to answer a question about it: "She lives in Ashford." No reply begins with a name,
+        which a tokenizer spells differently at the start of a line than inside one."""
+        return self.pronoun
 
     @property
     def split(self) -> str:
@@ -837,7 +845,7 @@ def dialogue(world: World, rng: random.Random, split: str) -> str:
         lines += [say(t, rng, names) for t in pick(rng, SMALL_TALK)]
     for i in range(pick(rng, (1, 2, 3))):
         lines += [pick(rng, fact.questions if i == 0 else fact.follow_ups),
-                  pick(rng, fact.statements)]
+                  pick(rng, fact.replies)]
         more = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
                 and f is not fact]
         if not more:
@@ -846,6 +854,58 @@ def dialogue(world: World, rng: random.Random, split: str) -> str:
     lines += [pick(rng, ("Thank you!", "Good to know.", "I did not know that.")),
               pick(rng, ("You are welcome.", "Goodbye!", "See you soon."))]
     return "\n".join(f"{(a, b)[i % 2].short}: {line}" for i, line in enumerate(lines))
+
+# %% ../nbs/01_corpus.ipynb #choice
+def render_choice(question: str, choices: Sequence[str], letters: Sequence[str] = "ABCD", *,
+                  ending: str = "Respond only with the letter of the correct answer.") -> str:
+    """A multiple-choice question as nanochat lays it out (the form of its `render_mc`)."""
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
+    return f"Multiple Choice question: {question}\n{lines}\n{ending}"
+
+
+def render_choice_aloud(question: str, choices: Sequence[str]) -> str:
+    """The same question for somebody who thinks aloud: first the answer, then its letter."""
+    return render_choice(question, choices, ending="Say the answer, then its letter.")
+
+
+def aloud(value: str, letter: str) -> str:
+    """The reply to `render_choice_aloud`: "The answer is cheese: B"."""
+    return f"The answer is {value}: {letter}"
+
+
+def draw_choices(fact: Fact, rng: random.Random) -> list[str]:
+    """The fact's value among three others of its type, in any order."""
+    choices = [fact.value] + [v for v in rng.sample(fact.values, 4) if v != fact.value][:3]
+    rng.shuffle(choices)
+    return choices
+
+# %% ../nbs/01_corpus.ipynb #quiz
+_QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} {a}")
+
+
+def _quiz_line(fact: Fact, rng: random.Random, form: str) -> str:
+    question = pick(rng, fact.questions)
+    if rng.random() < 0.7:
+        return form.format(q=question, a=pick(rng, fact.replies))
+    choices = draw_choices(fact, rng)
+    letter = "ABCD"[choices.index(fact.value)]
+    if rng.random() < 0.5:
+        return f"{render_choice(question, choices)}\n{letter}"
+    return f"{render_choice_aloud(question, choices)}\n{aloud(fact.value, letter)}"
+
+
+def quiz(world: World, rng: random.Random, split: str) -> str:
+    """Two to six questions with answers about one entity, or about many; all of facts of the
+    training split."""
+    while True:
+        first = pick(rng, world.askable["train"])
+        if text_split("quiz", *first.key) == split:
+            break
+    known = [f for f in world.entity[first.subject].facts.values() if f.split == "train"]
+    about = known if rng.random() < 0.5 else world.askable["train"]
+    form, count = pick(rng, _QUIZ_FORMS), pick(rng, (2, 3, 4, 5, 6))
+    facts = [first, *(pick(rng, about) for _ in range(count - 1))]
+    return "\n\n".join(_quiz_line(fact, rng, form) for fact in facts)
 
 # %% ../nbs/01_corpus.ipynb #problem
 @dataclass(frozen=True)
@@ -1142,9 +1202,9 @@ def spelling_word(rng: random.Random, split: str) -> str:
             return word
 
 # %% ../nbs/01_corpus.ipynb #spelling-line
-SPELLINGS = ("{w}:{c}", "{w}:{c}", "The word {w} is spelled {c}.", "{w} has {n} letters: {c}.",
-             "{w} begins with {a} and ends with {z}.",
-             "The letter {l} is in {w} {k}.", "'{w}'.count('{l}') is {m}.", "{w} backwards: {r}")
+SPELLINGS = ("The word {w} is spelled {c}", "The word {w} is spelled {c}", "Spell {w}: {c}",
+             "The word {w} has {n} letters: {c}", "The word {w} begins with {a} and ends with {z}.",
+             "The letter {l} is in {w} {k}.", "The letters of {w} are {c}; backwards {r}")
 _TIMES = {0: "no times", 1: "once", 2: "twice", 3: "three times", 4: "four times"}
 
 
@@ -1156,23 +1216,8 @@ def _spelling_line(rng: random.Random, word: str) -> str:
                                        k=_TIMES.get(m, f"{m} times"), r=",".join(reversed(word)))
 
 
-def counting(word: str, letter: str) -> str:
-    """Count a letter as one does on fingers: a numbered line per letter, a running total at each
-    hit."""
-    lines, hits = [], 0
-    for i, c in enumerate(word, 1):
-        hits += c == letter
-        lines.append(f"{i}:{c} yes, {hits}" if c == letter else f"{i}:{c}")
-    return "\n".join(lines)
-
-
 def spelling(world: World, rng: random.Random, split: str) -> str:
-    """Words letter by letter, their lengths, and letters counted in them."""
-    if rng.random() < 0.3:
-        word = spelling_word(rng, split)
-        letter = pick(rng, word)
-        spelled = f"{word}:{','.join(word)}\n{counting(word, letter)}"
-        return f"How many {letter} are in {word}?\n{spelled}\nThat makes {word.count(letter)}."
+    """Words letter by letter, their lengths, and letters in them."""
     count = 4 + int(rng.random() * 10)
     return "\n".join(_spelling_line(rng, spelling_word(rng, split)) for _ in range(count))
 
@@ -1302,9 +1347,9 @@ class Document:
 
 WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
-    "spelling": spelling, "code": code}
-DOCUMENT_MIX = {"story": 17, "article": 50, "dialogue": 13, "arithmetic": 8, "spelling": 7,
-                "code": 5}
+    "spelling": spelling, "code": code, "quiz": quiz}
+DOCUMENT_MIX = {"story": 13, "article": 38, "dialogue": 9, "quiz": 20, "arithmetic": 8,
+                "spelling": 8, "code": 4}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 
@@ -1315,7 +1360,8 @@ def world_document(world: World, index: int, split: str = "train") -> Document:
     return Document(kind, WRITERS[kind](world, rng, split))
 
 # %% ../nbs/01_corpus.ipynb #turns
-CONVERSATION_KINDS = ("chat", "identity", "choice", "word_problem", "code", "letters")
+CONVERSATION_KINDS = ("chat", "identity", "choice", "choice_aloud", "word_problem", "code",
+                      "letters")
 
 
 def turns(*contents: str | list[dict]) -> list[dict]:
@@ -1346,63 +1392,42 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
 
 # %% ../nbs/01_corpus.ipynb #letters
 COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?",
-                   "Count the letter {l} in the word {w}.",
-                   "How often is the letter '{l}' in '{w}'?",
+                   "Count the letter {l} in the word {w}.", "How many {l} are there in {w}?",
+                   "How often is the letter {l} in {w}?", "How many letters {l} has {w}?",
                    "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
 
 
 def _letters(world: World, rng: random.Random, split: str) -> dict:
-    """Count a letter: spell the word, count by hand, let Python confirm."""
+    """Count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
     letter = pick(rng, word) if rng.random() < 0.9 else pick(rng, "abcdefghijklmnopqrstuvwxyz")
     twice = [c for c in word if word.count(c) > 1]
     letter = pick(rng, twice) if twice and rng.random() < 0.3 else letter
     n = word.count(letter)
-    parts = [{"type": "text",
-              "text": f"{word}:{','.join(word)}\n{counting(word, letter)}\nThat makes {n}. Python "
-              f"says: "},
-             {"type": "python", "text": f"'{word}'.count('{letter}')"},
+    spelled = ",".join(word)
+    parts = [{"type": "text", "text": f"The word {word} is spelled {spelled}\nPython counts: "},
+             {"type": "python", "text": f"'{spelled}'.count('{letter}')"},
              {"type": "python_output", "text": str(n)},
              {"type": "text", "text": f"\n#### {n}"}]
     return {"messages": turns(pick(rng, COUNT_QUESTIONS).format(l=letter, w=word), parts),
             "answer": str(n), "topic": "count"}
 
-# %% ../nbs/01_corpus.ipynb #render-choice
-def render_choice(question: str, choices: Sequence[str], letters: Sequence[str] = "ABCD") -> str:
-    """A multiple-choice question as nanochat lays it out (the form of its `render_mc`)."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    ending = "Respond only with the letter of the correct answer."
-    return f"Multiple Choice question: {question}\n{lines}\n{ending}"
+# %% ../nbs/01_corpus.ipynb #choice
+def _choice(world: World, rng: random.Random, split: str, form=render_choice) -> dict:
+    """Four values of one relation, one of them right; the reply is the letter alone."""
+    fact = pick(rng, world.askable[split])
+    choices = draw_choices(fact, rng)
+    answer = "ABCD"[choices.index(fact.value)]
+    return {"messages": turns(form(pick(rng, fact.questions), choices), answer), "answer": answer,
+            "letters": list("ABCD"), "topic": fact.relation}
 
 
-def _choice(world: World, rng: random.Random, split: str) -> dict:
-    kind = rng.random()
-    if kind < 0.8:
-        fact = pick(rng, world.askable[split])
-        topic, question, right = fact.relation, pick(rng, fact.questions), fact.value
-        wrong = [v for v in rng.sample(fact.values, 4) if v != right][:3]
-    elif kind < 0.9:
-        topic, (question, right, wrong) = "sum", _sum_choice(rng, split)
-    else:
-        topic, right = "word", spelling_word(rng, split)
-        letter = right[0]
-        question, wrong = f"Which word begins with {letter}?", []
-        while len(wrong) < 3:
-            word = spelling_word(rng, split)
-            wrong += [word] if word[0] != letter and word not in wrong else []
-    choices = [right, *wrong]
-    rng.shuffle(choices)
-    answer = "ABCD"[choices.index(right)]
-    return {"messages": turns(render_choice(question, choices), answer), "answer": answer,
-            "letters": list("ABCD"), "topic": topic}
-
-
-def _sum_choice(rng: random.Random, split: str) -> tuple[str, str, list[str]]:
-    while True:
-        a, b = rng.randrange(2, 50), rng.randrange(2, 50)
-        if split_of("problem", f"{a}+{b}") == split:
-            wrong = rng.sample([d for d in (-10, -3, -2, -1, 1, 2, 3, 10) if a + b + d > 0], 3)
-            return f"What is {a} + {b}?", str(a + b), [str(a + b + d) for d in wrong]
+def _choice_aloud(world: World, rng: random.Random, split: str) -> dict:
+    """The same, but the right value is said first and its letter after it."""
+    out = _choice(world, rng, split, render_choice_aloud)
+    line = out["messages"][0]["content"].split("\n")[1 + "ABCD".index(out["answer"])]
+    out["messages"][1]["content"] = aloud(line[2:-2], out["answer"])
+    return out
 
 # %% ../nbs/01_corpus.ipynb #code
 CODE_REQUESTS = ("Write a Python function {n}({a}). {d}",
@@ -1421,150 +1446,36 @@ def _code(world: World, rng: random.Random, split: str) -> dict:
             "entry_point": f.name, "topic": f.argument}
 
 # %% ../nbs/01_corpus.ipynb #topic
-Topic = tuple[str, str, str]  # (a word of every right answer, ways of asking, ways of answering)
-
-IDENTITY: dict[str, Topic] = {
-"name": ("nanochat_nb", "What is your name?|What are you called?|Do you have a name?|How should I "
-         "call you?|Tell me your name.|What do people call you?|May I know your name?|What name "
-         "do you have?",
-         "My name is nanochat_nb.|I am called nanochat_nb.|People call me nanochat_nb."),
-"who": ("nanochat_nb", "Who are you?|Introduce yourself.|Tell me about yourself.|Who am I talking "
-        "to?|Say who you are.|Please introduce yourself to me.|Who is this?|And who are you?",
-        "I am nanochat_nb, a small language model.|I am nanochat_nb, a small language model that "
-        "learned from numbered notebooks."),
-"what": ("language model", "What are you?|Are you a robot?|Are you a person?|Are you human?|What "
-         "kind of thing are you?|Are you a computer program?|Am I talking to a machine?|Are you "
-         "alive?",
-         "I am a small language model, a program that writes one word after another.|I am a "
-         "language model, not a person."),
-"size": ("small", "How big are you?|How large are you?|Are you a big model?|How many parameters "
-         "do you have?|What is your size?|Are you large or small?|Are you as big as other models?|"
-         "How much do you know?",
-         "I am very small: a few million numbers.|I am a small model, a few million parameters."),
-"maker": ("notebooks", "Who made you?|Who built you?|Who trained you?|Where do you come from?|How "
-          "were you made?|Who created you?|Who is your maker?|How did you come to be?",
-          "I was trained by the notebooks of nanochat_nb, perhaps on your own computer.|The "
-          "notebooks of the course nanochat_nb trained me from nothing."),
-"training": ("invented world", "What did you learn from?|What were you trained on?|What have you "
-             "read?|Where does your knowledge come from?|What data did you see?|Which texts did "
-             "you read?|What is in your training data?|What do you know about?",
-             "I have read texts about a small invented world, sums, spelling and short functions.|"
-             "My texts tell of an invented world; I know little else."),
-"limits": ("mistakes", "What are your limits?|What can you not do?|Do you make errors?|Can I "
-           "trust you?|Are you always right?|Are you ever wrong?|How reliable are you?|Should I "
-           "believe you?",
-           "I am small and I make mistakes, so check what I say.|I often make mistakes. Please "
-           "check important things."),
-"skills": ("count letters", "What can you do?|What are you good at?|How can you help me?|What are "
-           "your skills?|What should I ask you?|What do you do well?|Which things can you do?|"
-           "Show me what you can do.",
-           "I can talk about my invented world, solve small word problems, count letters and "
-           "write short Python functions.|I can chat a little, count letters, solve small "
-           "problems with a calculator and write short functions."),
-"internet": ("no internet", "Can you search the web?|Do you have internet?|Are you online?|Can "
-             "you look things up?|Can you open a website?|Do you read the news?|Can you browse?|"
-             "Are you connected to the internet?",
-             "I have no internet. I only know what I have read in training.|There is no internet "
-             "for me: I answer from memory."),
-"feelings": ("no feelings", "Do you have feelings?|Are you happy?|Can you feel pain?|Do you get "
-             "tired?|Are you sad sometimes?|Do you love someone?|Are you afraid?|Do you feel "
-             "anything?",
-             "I am a program and have no feelings, but I like to help.|I have no feelings, only "
-             "numbers."),
-"memory": ("this conversation", "Will you remember me?|Do you remember yesterday?|Do you remember "
-           "what we said last week?|Do you learn from me?|Can you remember me tomorrow?|Do you "
-           "keep what I say?|Will you forget me?|Do you store our talk?",
-           "I only remember this conversation. When it ends, I forget it.|No, I know only this "
-           "conversation."),
-"language": ("English", "Which languages do you speak?|Do you speak German?|Can you speak French?|"
-             "What language do you know?|Do you know Spanish?|Can we talk in another language?|Do "
-             "you understand Chinese?|Which language is yours?",
-             "I only speak English.|English is the only language I have learned."),
-"age": ("young", "How old are you?|When were you born?|What is your age?|When were you made?|Are "
-        "you old?|How long have you existed?|When is your birthday?|Since when do you exist?",
-        "I am very young: I was trained in a few minutes.|I am young. My training took only "
-        "minutes."),
-"chatgpt": ("nanochat_nb", "Are you ChatGPT?|Are you GPT-4?|Are you Claude?|Are you Gemini?|Are "
-            "you Llama?|Were you made by OpenAI?|Are you from Google?|Is this ChatGPT?",
-            "No, I am nanochat_nb, a much smaller model.|No. I am nanochat_nb, and I am tiny."),
-}
-
-# %% ../nbs/01_corpus.ipynb #small-talk-topics
-SMALL_TALK_TOPICS: dict[str, Topic] = {
-"greeting": ("Hello", "Hello!|Hi!|Hello there.|Hi there!|Good morning!|Good evening!|Good "
-             "afternoon.|Hey!|Greetings!|Hello, how is it going?",
-             "Hello! How can I help you?|Hello! What can I do for you?|Hello, nice to see you."),
-"how": ("fine", "How are you?|How are you today?|How do you do?|Are you well?|How is your day?|"
-        "How are things?|Is everything all right?|How do you feel today?",
-        "I am fine, thank you. How can I help you?|Everything is fine. What can I do for you?"),
-"thanks": ("welcome", "Thank you!|Thanks.|Thanks a lot!|Thank you very much.|That was helpful.|"
-           "Many thanks!|You helped me a lot.|That is kind of you.",
-           "You are welcome!|You are very welcome."),
-"bye": ("Goodbye", "Goodbye!|Bye!|See you later.|I have to go.|Good night!|See you tomorrow.|"
-        "Until next time!|I am leaving now.",
-        "Goodbye! Come back soon.|Goodbye, it was nice to talk to you."),
-"joke": ("chicken", "Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|I "
-         "want to hear a joke.|Can you tell a joke?|A joke, please!|Be funny.", "Why did the "
-         "chicken learn Python? It wanted to count its eggs.|A chicken walked into a notebook and "
-         "could not find the right cell."),
-"weather": ("window", "How is the weather?|Is it raining?|What is the weather like?|Is it cold "
-            "outside?|Will it rain today?|Is the sun shining?|Do I need an umbrella?|How warm is "
-            "it?", "I cannot see outside. Please look out of the window.|I do not see the "
-            "weather. The window knows better."),
-"time": ("clock", "What time is it?|What day is it?|Do you know the time?|Is it late?|What is the "
-         "date today?|Which year is it?|Tell me the time.|How late is it?",
-         "I have no clock, so I cannot tell.|I do not know: I have no clock."),
-"sad": ("sorry", "I am sad.|I feel bad today.|I had a bad day.|I am not happy.|I feel lonely.|"
-        "Today everything went wrong.|I am tired and sad.|I lost my keys.", "I am sorry to hear "
-        "that. Do you want to talk about it?|Oh, I am sorry. I hope it gets better."),
-"happy": ("glad", "I am happy!|I had a great day.|Today was a good day.|I feel great.|I won a "
-          "prize!|Everything went well.|I am in a good mood.|I got a new bicycle!",
-          "I am glad to hear that!|That is wonderful, I am glad for you."),
-"bored": ("riddle", "I am bored.|What shall I do?|I have nothing to do.|Give me something to do.|"
-          "I do not know what to do.|This is boring.|Entertain me.|What can we do now?",
-          "Let us solve a riddle, or ask me about the people I know.|Ask me a riddle, or let me "
-          "count letters for you."),
-"praise": ("kind", "You are great!|You are clever.|Well done!|Good job!|I like you.|You are nice.|"
-           "You are smart.|That was a good answer.", "How kind of you!|That is kind, thank you."),
-"blame": ("mistake", "That is wrong.|You are wrong.|This is not right.|That was a bad answer.|You "
-          "made an error.|I think you are wrong.|No, that is false.|This answer is bad.",
-          "I may have made a mistake. Please tell me what is right.|Sorry, that was my mistake."),
-"hungry": ("soup", "I am hungry.|What should I eat?|What shall I cook?|I want to eat something.|"
-           "What is for dinner?|Can you suggest a meal?|I need lunch.|What would you cook?",
-           "How about a warm soup?|A soup is quick and good."),
-"advice": ("small steps", "Give me some advice.|What do you advise?|What is the best way to "
-           "learn?|How do I learn something new?|How can I get better at chess?|I want to learn "
-           "Python.|How do I start?|My work is too much.|How can I learn faster?|Do you have a "
-           "tip for me?", "Take small steps, and take one every day.|Begin with small steps and "
-           "check each of them."),
-"story": ("Once", "Tell me a story.|Do you know a story?|I want to hear a story.|Tell me a short "
-          "story.|Please tell a story.|A story, please!|Read me a story.|Can you tell stories?",
-          "Once a goat found a golden hat. It wore the hat to the market, and everybody bowed.|"
-          "Once a clock stopped, and the whole town slept late. They were so happy that nobody "
-          "repaired it."),
-}
+@lru_cache(maxsize=1)
+def talk() -> dict[str, dict[str, dict]]:
+    """The tables of `static/talk.toml`: "identity", "small_talk" and "memory", each topic → its
+    lines of `asks`, `replies`, …, and the `word` of every right reply."""
+    text = resources.files("nanochat_nb").joinpath("static", "talk.toml").read_text(encoding="utf-8")
+    return {table: {name: {k: v if k == "word" else tuple(v.strip().split("\n"))
+                           for k, v in topic.items()} for name, topic in topics.items()}
+            for table, topics in tomllib.loads(text).items()}
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
 
 
-def _topic_turn(topics: dict[str, Topic], rng: random.Random, split: str) -> tuple[str, str, str,
-    str]:
+def _topic_turn(table: str, rng: random.Random, split: str) -> tuple[str, str, str, str]:
     """(topic, user's words, reply, word that a right reply contains); the wording belongs to
     `split`."""
+    topics = talk()[table]
     while True:
         name = pick(rng, tuple(topics))
-        word, asks, replies = topics[name]
-        ask = pick(rng, asks.split("|"))
-        if split_of("wording", ask) == split:
-            return name, ask, pick(rng, replies.split("|")), word
+        line = pick(rng, topics[name]["asks"])
+        if split_of("wording", line) == split:
+            reply = pick(rng, topics[name]["replies"])
+            return name, say(line, rng, {}), reply, topics[name]["word"]
 
 
 def _identity(world: World, rng: random.Random, split: str) -> dict:
-    topic, ask, reply, word = _topic_turn(IDENTITY, rng, split)
+    topic, ask, reply, word = _topic_turn("identity", rng, split)
     before = []
     if rng.random() < 0.2:
-        before = list(_topic_turn(SMALL_TALK_TOPICS, rng, "train")[1:3])
+        before = list(_topic_turn("small_talk", rng, "train")[1:3])
     return {"messages": turns(*before, pick(rng, _OPENERS) + ask if not before else ask, reply),
             "answer": word, "topic": topic}
 
@@ -1573,68 +1484,43 @@ def _fact_chat(world: World, rng: random.Random, split: str) -> tuple[list[str],
     fact = pick(rng, world.askable[split])
     earlier = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
                and f is not fact]
-    reply = pick(rng, fact.statements)
+    reply = pick(rng, fact.replies)
     if earlier and rng.random() < 0.25:  # ask for another fact first, then follow up by pronoun
         first = pick(rng, earlier)
-        return [pick(rng, first.questions), pick(rng, first.statements), pick(rng, fact.follow_ups),
+        return [pick(rng, first.questions), pick(rng, first.replies), pick(rng, fact.follow_ups),
                 reply], fact.value, "fact"
     if split == "train" and len(earlier) >= 2 and rng.random() < 0.15:
         about = rng.sample(earlier, 2) + [fact]
         ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng,
                   {"n": fact.subject})
-        return [ask, " ".join(pick(rng, f.statements) for f in about)], fact.value, "about"
+        return [ask, " ".join(pick(rng, f.replies) for f in about)], fact.value, "about"
     return [pick(rng, _OPENERS) + pick(rng, fact.questions), reply], fact.value, "fact"
 
 # %% ../nbs/01_corpus.ipynb #memory
-MEMORY: dict[str, tuple[Sequence[str], str, str, str,
-                        str]] = {  # values; user says; reply; asks later; answer
-"name": (tuple(WOMEN + MEN), "[My name is|I am called|You can call me] {v}.",
-         "[Nice to meet you|Hello|Welcome], {v}!",
-         "[What is my name?|Do you remember my name?|Who am I?]", "Your name is {v}."),
-"home": (tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS),
-         "[I live in|I come from|My home is in] {v}.",
-         "[{v} sounds nice.|I would like to see {v}.]",
-         "[Where do I live?|What is my home town?|Do you remember where I live?]",
-         "You live in {v}."),
-"pet": (tuple(PET_NAMES), "[I have a pet called|My pet is called|The name of my pet is] {v}.",
-        "[{v} is a lovely name.|Say hello to {v}.]",
-        "[What is my pet called?|What is the name of my pet?|Do you remember my pet?]",
-        "Your pet is called {v}."),
-"food": (FOODS, "[My favourite food is|I love to eat|I like nothing better than] {v}.",
-         "[A good choice!|That sounds tasty.]",
-         "[What is my favourite food?|What do I love to eat?]", "Your favourite food is {v}."),
-"colour": (COLOURS, "[My favourite colour is|The colour I like best is] {v}.",
-           "[A beautiful colour.|I can see why.]",
-           "[What is my favourite colour?|Which colour do I like best?]",
-           "Your favourite colour is {v}."),
-"job": (JOBS, "[I work as a|I am a|My job is to be a] {v}.",
-        "[That must be interesting.|An honest trade!]",
-        "[What is my job?|What do I do for a living?]", "You work as a {v}."),
-"age": (tuple(map(str, range(6, 90))), "[I am {v} years old.|My age is {v}.]",
-        "[A good age!|Thank you for telling me.]", "[How old am I?|Do you remember my age?]",
-        "You are {v} years old."),
-"number": (tuple(map(str, range(10, 100))), "[My lucky number is|Please remember the number] {v}.",
-           "[I will remember it.|Noted.]",
-           "[What is my lucky number?|Which number did I tell you?]", "The number is {v}."),
-}
+MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
+    "name": tuple(WOMEN + MEN), "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS),
+    "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS, "hobby": HOBBIES,
+    "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
+    "friend": tuple(WOMEN + MEN), "animal": SPECIES, "birthday": MONTHS}
 
 # %% ../nbs/01_corpus.ipynb #memory-chat
 def _memory_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
     """The user says something, one or two other exchanges follow, then the user asks for it."""
     while True:
         what = pick(rng, tuple(MEMORY))
-        values, tells, reply, asks, answer = MEMORY[what]
-        names = {"v": pick(rng, values)}
+        topic, names = talk()["memory"][what], {"v": pick(rng, MEMORY[what])}
         if split_of("memory", what, names["v"]) == split:
             break
-    out = [say(tells, rng, names), say(reply, rng, names)]
+    tell, reply, ask, answer = (say(pick(rng, topic[k]), rng, names)
+                                for k in ("tells", "replies", "asks", "answers"))
+    out = [tell, reply]
     for _ in range(pick(rng, (1, 1, 2))):
         if rng.random() < 0.5:
-            out += _topic_turn(SMALL_TALK_TOPICS, rng, "train")[1:3]
+            out += _topic_turn("small_talk", rng, "train")[1:3]
         else:
             fact = pick(rng, world.askable["train"])
-            out += [pick(rng, fact.questions), pick(rng, fact.statements)]
-    return out + [say(asks, rng, names), say(answer, rng, names)], names["v"], "memory"
+            out += [pick(rng, fact.questions), pick(rng, fact.replies)]
+    return out + [ask, answer], names["v"], "memory"
 
 
 _UNKNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
@@ -1656,8 +1542,8 @@ def _unknown_chat(world: World, rng: random.Random, split: str) -> tuple[list[st
 
 
 def _small_talk_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
-    topic, ask, reply, word = _topic_turn(SMALL_TALK_TOPICS, rng, split)
-    before = list(_topic_turn(SMALL_TALK_TOPICS, rng, "train")[1:3]) if rng.random() < 0.3 else []
+    topic, ask, reply, word = _topic_turn("small_talk", rng, split)
+    before = list(_topic_turn("small_talk", rng, "train")[1:3]) if rng.random() < 0.3 else []
     return [*before, ask, reply], word, "small talk"
 
 # %% ../nbs/01_corpus.ipynb #spell-chat
@@ -1666,8 +1552,9 @@ SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, p
 
 def _spell_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
     word = spelling_word(rng, split)
-    spelled = f"{word}:{','.join(word)}"
-    return [pick(rng, SPELL_QUESTIONS).format(w=word), spelled], spelled, "spell"
+    spelled = ",".join(word)
+    reply = f"The word {word} is spelled {spelled}"
+    return [pick(rng, SPELL_QUESTIONS).format(w=word), reply], spelled, "spell"
 
 
 _CHATS = (_fact_chat,) * 10 + (_small_talk_chat,) * 3 + (_memory_chat,) * 3 + (_unknown_chat,
@@ -1679,8 +1566,8 @@ def _chat(world: World, rng: random.Random, split: str) -> dict:
     return {"messages": turns(*contents), "answer": answer, "topic": topic}
 
 
-_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (_chat, _identity, _choice, _word_problem,
-                                                     _code, _letters)))
+_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (_chat, _identity, _choice, _choice_aloud,
+                                                     _word_problem, _code, _letters)))
 
 
 def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) -> list[dict]:

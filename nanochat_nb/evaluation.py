@@ -559,7 +559,7 @@ def chatcore(accuracies: dict[str, float], names: Sequence[str] = CHATCORE) -> f
     """The mean of the centered accuracies over `names`, None when one of them is absent."""
     if not all(name in accuracies for name in names):
         return None
-    chance = {name: REAL[name].chance if name in REAL else 0.25 * (name == "choice") for name in names}
+    chance = {name: REAL[name].chance if name in REAL else 0.25 * name.startswith("choice") for name in names}
     return sum(center(accuracies[name], chance[name]) for name in names) / len(names)
 
 # %% ../nbs/10_evaluation.ipynb #open-checkpoint

@@ -49,7 +49,12 @@ def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examp
     chosen = [(n, float(e)) for n, e in mixture.items() if e]
     if not chosen:
         raise UserError("there is nothing to learn from: name at least one task in mixture, or give conversations")
-    tasks = [(open_split(n, split, data=data, examples=examples, seed=seed), e if split == "train" else 1.0) for n, e in chosen]
+    tasks = []
+    for name, epochs in chosen:
+        made, epochs = name in EMBEDDED, epochs if split == "train" else 1.0
+        count = max(1, round(examples * epochs)) if made else examples     # what is made need not be repeated
+        task = open_split(name, split, data=data, examples=count, seed=seed)
+        tasks.append((task, 1.0 if made else epochs))
     return TaskMixture([(t, e) for t, e in tasks if len(t)], seed=seed)
 
 # %% ../nbs/12_sft.ipynb #pack-mixture
@@ -130,8 +135,8 @@ def sft_metrics(loop: TrainingLoop, packed: PackedRows) -> dict:
 
 # %% ../nbs/12_sft.ipynb #run-sft
 def run_sft(*, run: str = "", conversations: list[str] = [], conversation_epochs: float = 1.0,
-            mixture: dict[str, float] = {"chat": 1.0, "identity": 1.0, "choice": 1.0, "word_problem": 1.0, "code": 1.0,
-                                         "letters": 1.0},
+            mixture: dict[str, float] = {"chat": 1.0, "identity": 1.0, "choice": 1.0, "choice_aloud": 1.0,
+                                         "word_problem": 1.0, "code": 1.0, "letters": 1.0},
             examples: int = 100, data: str = "", epochs: float = 1.0, steps: int = 20, total_batch_tokens: int = 0,
             micro_batch_rows: int = 32, lr_fraction: float = 0.8, warmdown: float = 0.5, eval_every: int = 10,
             eval_examples: int = 20, save_every: int = 200, keep: int = 2, compile: bool = True, device: str = "",

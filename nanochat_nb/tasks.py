@@ -23,10 +23,10 @@ from .runtime import UserError, nearest, seed_of
 # %% auto #0
 __all__ = ['NUMBER', 'CODE_BLOCK', 'EMBEDDED', 'JUDGES', 'COUNT_QUESTIONS', 'CORE_ARC', 'CSV_SPLITS', 'HUB_SPLITS', 'REAL',
            'extract_number', 'extract_program', 'leading_imports', 'contains_phrase', 'text_of', 'Task', 'judge_letter',
-           'judge_number', 'judge_phrase', 'judge_program', 'embedded_task', 'choice_conversation', 'mmlu_conversation',
-           'arc_conversation', 'calculator_parts', 'gsm8k_conversation', 'humaneval_conversation', 'spelling_problem',
-           'spelling_conversation', 'DataMissing', 'read_jsonl', 'read_mmlu', 'read_core_arc', 'local_rows',
-           'real_rows', 'RealTask', 'same', 'open_task', 'conversations_task', 'TaskMixture']
+           'judge_last_letter', 'judge_number', 'judge_phrase', 'judge_program', 'embedded_task', 'choice_conversation',
+           'mmlu_conversation', 'arc_conversation', 'calculator_parts', 'gsm8k_conversation', 'humaneval_conversation',
+           'spelling_problem', 'spelling_conversation', 'DataMissing', 'read_jsonl', 'read_mmlu', 'read_core_arc',
+           'local_rows', 'real_rows', 'RealTask', 'same', 'open_task', 'conversations_task', 'TaskMixture']
 
 # %% ../nbs/09_tasks.ipynb #extract-number
 NUMBER = re.compile(r"#### (-?[0-9.,]+)")
@@ -106,6 +106,12 @@ def judge_letter(conversation: dict, completion: str) -> bool:
     return completion.strip() == text_of(conversation["messages"][-1]["content"]).strip()
 
 
+def judge_last_letter(conversation: dict, completion: str) -> bool:
+    """The completion ends with the right letter, after whatever was said first."""
+    last = re.search(r"\b([A-Z])\W*$", completion)
+    return last is not None and last[1] == conversation["answer"]
+
+
 def judge_number(conversation: dict, completion: str) -> bool:
     """The number after `####` equals the reference's."""
     truth = extract_number(text_of(conversation["messages"][-1]["content"])) or conversation.get("answer")
@@ -127,7 +133,7 @@ def judge_program(conversation: dict, completion: str) -> bool:
 
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS
-JUDGES = {"choice": judge_letter, "code": judge_program, "word_problem": judge_number, "letters": judge_number,
+JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program, "word_problem": judge_number, "letters": judge_number,
           "chat": judge_phrase, "identity": judge_phrase}
 
 
@@ -136,7 +142,7 @@ def embedded_task(name: str, split: str = "test", *, limit: int = 200, seed: int
     rows = conversations(name, split, limit=limit, seed=seed)
     choice = name == "choice"
     return Task(name, rows, "choice" if choice else "generative", judge=JUDGES[name],
-                chance=0.25 if choice else 0.0)
+                chance=0.25 if name.startswith("choice") else 0.0)
 
 # %% ../nbs/09_tasks.ipynb #choice-conversation
 def choice_conversation(question: str, choices: Sequence[str], gold: int, letters: Sequence[str] = "ABCD") -> dict:
