@@ -36,14 +36,14 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
            'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
-           'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'CODE_REQUESTS', 'MEMORY',
-           'SPELL_QUESTIONS', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital',
-           'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
-           'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'in_words', 'word_problem', 'arithmetic',
-           'invented_word', 'spelling_word', 'spelling', 'Function', 'small_function', 'code', 'Document',
-           'world_document', 'turns', 'message_text', 'talk', 'conversations', 'check_conversation', 'cut_text',
-           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
-           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS', 'CODE_REQUESTS',
+           'MEMORY', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
+           'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
+           'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
+           'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
+           'Document', 'world_document', 'turns', 'message_text', 'talk', 'conversations', 'check_conversation',
+           'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced',
+           'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -102,7 +102,7 @@ SURNAMES = """Alder Ashby Barrow Beck Birch Blackwood Brook Calder Carver Crane 
 Ember Fairley Fenn Finch Flint Frost Garland Grove Hale Hart Holloway Ives Jarvis Kemp
 Lark Linden Marsh Moss Nash Oakes Penrose Quill Reed Rowan Sparrow Thorne Vale Winter""".split()
 TOWN_STARTS = """Ash Birch Black Bright Clear Cold Copper Deep Elm Fair Fern Fox Glen
-Gold Green Hazel High Iron Lark Long Maple Mill Moon Oak Red Rose Salt Silver Stone Sun
+Gold Green Heather High Iron Lark Long Marl Mill Moon Oak Red Rose Salt Silver Stone Sun
 Swan Thorn White Wild Willow Wind""".split()
 TOWN_ENDS = """bridge brook bury dale field ford gate ham haven hill ley mere mouth port
 stead ton wick wood""".split()
@@ -176,7 +176,7 @@ TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, coun
 BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the
     door, in the garden shed, by the window, under the stairs, in a hat box, on a pile of hay,
     in the kitchen""")
-REGIONS = _list("""the northern hills, the southern plains, the eastern coast, the western
+REGIONS = _list("""the northern hills, the southern plains, the eastern bays, the western
     woods, the lake country, the high moors, the river valley, the salt marshes""")
 RIVERS = _list("""Arrow, Bell, Cress, Dove, Fleet, Glass, Heron, Isle, Jade, Kettle, Lyn,
     Mallow, Nettle, Otter""")
@@ -843,11 +843,13 @@ def dialogue(world: World, rng: random.Random, split: str) -> str:
              f"{pick(rng, GREETINGS)}, {a.short}!"] if rng.random() < 0.7 else []
     if rng.random() < 0.7:
         lines += [say(t, rng, names) for t in pick(rng, SMALL_TALK)]
+    asked: list[Fact] = []
     for i in range(pick(rng, (1, 2, 3))):
         lines += [pick(rng, fact.questions if i == 0 else fact.follow_ups),
                   pick(rng, fact.replies)]
+        asked.append(fact)
         more = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
-                and f is not fact]
+                and f not in asked]
         if not more:
             break
         fact = pick(rng, more)
@@ -920,9 +922,16 @@ class Problem:
         return self.steps[-1][2]
 
     @property
-    def key(self) -> str:
-        """The calculation, whatever the story around it: "12+7;19*3"."""
-        return ";".join(step[1] for step in self.steps)
+    def split(self) -> str:
+        """Its first calculation's split, or "mixed" when a later one belongs to an examination."""
+        first, *later = (sum_split(step[1]) for step in self.steps)
+        return first if first == "test" or set(later) <= {"train", first} else "mixed"
+
+
+def sum_split(expression: str) -> str:
+    """The split of a calculation such as "12+7", the same as that of "7+12"."""
+    a, op, b = re.fullmatch(r"(\d+)([-+*/])(\d+)", expression).groups()
+    return split_of("sum", op, *(sorted((a, b)) if op in "+*" else (a, b)))
 
 # %% ../nbs/01_corpus.ipynb #in-words
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen
@@ -1088,10 +1097,10 @@ PROBLEM_KINDS = (_chain, _chain, _compare, _groups, _money)
 
 
 def word_problem(rng: random.Random, split: str, *, world: World | None = None) -> Problem:
-    """A word problem of one to four steps whose calculation belongs to `split`."""
+    """A word problem of one to four steps whose calculations belong to `split`."""
     while True:
         problem = pick(rng, PROBLEM_KINDS)(rng, _cast(rng, world or get_world()))
-        if split_of("problem", problem.key) == split:
+        if problem.split == split:
             return problem
 
 # %% ../nbs/01_corpus.ipynb #drill
@@ -1111,7 +1120,7 @@ def _drill(rng: random.Random, split: str) -> str:
         most = 100 if op in "+-" else 13
         a, b = rng.randrange(2, most), rng.randrange(2, most)
         a, b = (max(a, b), min(a, b)) if op == "-" else (a * b, b) if op == "/" else (a, b)
-        if split_of("problem", f"{a}{op}{b}") == split:
+        if sum_split(f"{a}{op}{b}") == split:
             break
     value = _step("", a, op, b, "")[2]
     return pick(rng, DRILLS[op]).format(a=a, b=b, v=value, A=capital(in_words(a)), B=in_words(b),
@@ -1220,6 +1229,43 @@ def spelling(world: World, rng: random.Random, split: str) -> str:
     """Words letter by letter, their lengths, and letters in them."""
     count = 4 + int(rng.random() * 10)
     return "\n".join(_spelling_line(rng, spelling_word(rng, split)) for _ in range(count))
+
+# %% ../nbs/01_corpus.ipynb #game
+_TABLES = (("The {t} of {k} is {v}.", "What is the {t} of {k}? It is {v}."),
+           ("{k}: {v}", "{k}? It is {v}."), ("- {v}={k}", "Which is {v}? The answer is {v}: {k}"),
+           ("{k} has {v}.", "Who has {v}? The one who has {v} is {k}."),
+           ("{k} has {v}.", "What does {k} have? It is {v}."))
+
+
+def _game_words(world: World, rng: random.Random, count: int) -> list[str]:
+    """Different words of one sort: names, things, numbers, or invented ones."""
+    pool = pick(rng, (REAL_WORDS, [e.short for e in world.people], ITEMS, WONDERS, HOBBIES, BEDS,
+                      [e.name for e in world.entities], [str(n) for n in range(100)], None))
+    if pool is None:
+        return list({invented_word(rng): 0 for _ in range(count)})
+    return rng.sample(pool, min(count, len(pool)))
+
+
+def _echo(world: World, rng: random.Random) -> str:
+    """A list, and once more the same list."""
+    words = " ".join(_game_words(world, rng, rng.randrange(3, 16)))
+    return say("[Repeat|Say again|Copy|Remember]: {w}\n[Again|Yes|I say]: {w}", rng, {"w": words})
+
+
+def _lookup(world: World, rng: random.Random) -> str:
+    """A table of keys and values, in sentences; then questions about it, in another order."""
+    line, ask = pick(rng, _TABLES)
+    values = _game_words(world, rng, rng.randrange(3, 8))
+    keys = list("ABCDEFGH") if "=" in line else _game_words(world, rng, len(values))
+    kind = pick(rng, ("number", "word", "price", "sign", "secret"))       # no relation of the world
+    table = [{"k": k, "v": v, "t": kind} for k, v in zip(keys, values)]
+    asked = [pick(rng, table) for _ in range(rng.randrange(2, 6))]
+    return "\n".join([line.format(**row) for row in table] + [ask.format(**row) for row in asked])
+
+
+def game(world: World, rng: random.Random, split: str) -> str:
+    """Two rounds of a memory game: everything that is asked stands further up."""
+    return "\n\n".join(pick(rng, (_echo, _lookup))(world, rng) for _ in range(2))
 
 # %% ../nbs/01_corpus.ipynb #function
 @dataclass(frozen=True)
@@ -1347,9 +1393,10 @@ class Document:
 
 WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
-    "spelling": spelling, "code": code, "quiz": quiz}
-DOCUMENT_MIX = {"story": 13, "article": 38, "dialogue": 9, "quiz": 20, "arithmetic": 8,
-                "spelling": 8, "code": 4}
+    "spelling": spelling, "code": code, "quiz": quiz,
+    "game": game}
+DOCUMENT_MIX = {"story": 11, "article": 34, "dialogue": 5, "quiz": 19, "arithmetic": 7,
+                "spelling": 8, "code": 4, "game": 12}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 
@@ -1360,8 +1407,8 @@ def world_document(world: World, index: int, split: str = "train") -> Document:
     return Document(kind, WRITERS[kind](world, rng, split))
 
 # %% ../nbs/01_corpus.ipynb #turns
-CONVERSATION_KINDS = ("chat", "identity", "choice", "choice_aloud", "word_problem", "code",
-                      "letters")
+CONVERSATION_KINDS = ("fact", "choice", "choice_aloud", "letters", "word_problem", "code",
+                      "identity", "small_talk", "memory", "unknown")
 
 
 def turns(*contents: str | list[dict]) -> list[dict]:
@@ -1395,11 +1442,22 @@ COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear i
                    "Count the letter {l} in the word {w}.", "How many {l} are there in {w}?",
                    "How often is the letter {l} in {w}?", "How many letters {l} has {w}?",
                    "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
+SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, please.",
+                   "How is {w} spelled?", "Which letters are in {w}?")
+
+
+def _spell(rng: random.Random, word: str) -> dict:
+    spelled = ",".join(word)
+    asked = pick(rng, SPELL_QUESTIONS).format(w=word)
+    return {"messages": turns(asked, f"The word {word} is spelled {spelled}"), "answer": spelled,
+            "topic": "spell"}
 
 
 def _letters(world: World, rng: random.Random, split: str) -> dict:
-    """Count a letter: spell the word, let Python count in what was spelled."""
+    """Spell a word; or count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
+    if rng.random() < 0.25:
+        return _spell(rng, word)
     letter = pick(rng, word) if rng.random() < 0.9 else pick(rng, "abcdefghijklmnopqrstuvwxyz")
     twice = [c for c in word if word.count(c) > 1]
     letter = pick(rng, twice) if twice and rng.random() < 0.3 else letter
@@ -1459,42 +1517,54 @@ def talk() -> dict[str, dict[str, dict]]:
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
 
 
-def _topic_turn(table: str, rng: random.Random, split: str) -> tuple[str, str, str, str]:
-    """(topic, user's words, reply, word that a right reply contains); the wording belongs to
-    `split`."""
+def _topic_turn(table: str, rng: random.Random, split: str) -> tuple[str, str, str, str, str]:
+    """(topic, user's words, reply, word that a right reply contains, line of the table); the line
+    belongs to `split`."""
     topics = talk()[table]
     while True:
         name = pick(rng, tuple(topics))
         line = pick(rng, topics[name]["asks"])
         if split_of("wording", line) == split:
             reply = pick(rng, topics[name]["replies"])
-            return name, say(line, rng, {}), reply, topics[name]["word"]
+            return name, say(line, rng, {}), reply, topics[name]["word"], line
+
+
+def _talk(answer: str, topic: str, *contents: str) -> dict:
+    """A conversation whose last reply must contain `answer`."""
+    return {"messages": turns(*contents), "answer": answer, "topic": topic}
 
 
 def _identity(world: World, rng: random.Random, split: str) -> dict:
-    topic, ask, reply, word = _topic_turn("identity", rng, split)
-    before = []
+    topic, ask, reply, word, line = _topic_turn("identity", rng, split)
     if rng.random() < 0.2:
-        before = list(_topic_turn("small_talk", rng, "train")[1:3])
-    return {"messages": turns(*before, pick(rng, _OPENERS) + ask if not before else ask, reply),
-            "answer": word, "topic": topic}
+        contents = *_topic_turn("small_talk", rng, "train")[1:3], ask, reply
+    else:
+        contents = pick(rng, _OPENERS) + ask, reply
+    return _talk(word, topic, *contents) | {"question": line}
+
+
+def _small_talk(world: World, rng: random.Random, split: str) -> dict:
+    topic, ask, reply, word, line = _topic_turn("small_talk", rng, split)
+    before = _topic_turn("small_talk", rng, "train")[1:3] if rng.random() < 0.3 else ()
+    return _talk(word, topic, *before, ask, reply) | {"question": line}
 
 # %% ../nbs/01_corpus.ipynb #fact-chat
-def _fact_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
+def _fact(world: World, rng: random.Random, split: str) -> dict:
+    """A question about a fact; sometimes after another one, by pronoun; sometimes all at once."""
     fact = pick(rng, world.askable[split])
     earlier = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
                and f is not fact]
     reply = pick(rng, fact.replies)
     if earlier and rng.random() < 0.25:  # ask for another fact first, then follow up by pronoun
         first = pick(rng, earlier)
-        return [pick(rng, first.questions), pick(rng, first.replies), pick(rng, fact.follow_ups),
-                reply], fact.value, "fact"
+        return _talk(fact.value, fact.kind, pick(rng, first.questions), pick(rng, first.replies),
+                     pick(rng, fact.follow_ups), reply)
     if split == "train" and len(earlier) >= 2 and rng.random() < 0.15:
         about = rng.sample(earlier, 2) + [fact]
         ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng,
                   {"n": fact.subject})
-        return [ask, " ".join(pick(rng, f.replies) for f in about)], fact.value, "about"
-    return [pick(rng, _OPENERS) + pick(rng, fact.questions), reply], fact.value, "fact"
+        return _talk(fact.value, fact.kind, ask, " ".join(pick(rng, f.replies) for f in about))
+    return _talk(fact.value, fact.kind, pick(rng, _OPENERS) + pick(rng, fact.questions), reply)
 
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
@@ -1504,7 +1574,7 @@ MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about 
     "friend": tuple(WOMEN + MEN), "animal": SPECIES, "birthday": MONTHS}
 
 # %% ../nbs/01_corpus.ipynb #memory-chat
-def _memory_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
+def _memory(world: World, rng: random.Random, split: str) -> dict:
     """The user says something, one or two other exchanges follow, then the user asks for it."""
     while True:
         what = pick(rng, tuple(MEMORY))
@@ -1520,15 +1590,15 @@ def _memory_chat(world: World, rng: random.Random, split: str) -> tuple[list[str
         else:
             fact = pick(rng, world.askable["train"])
             out += [pick(rng, fact.questions), pick(rng, fact.replies)]
-    return out + [ask, answer], names["v"], "memory"
+    return _talk(names["v"], what, *out, ask, answer)
 
 
-_UNKNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
+_NOT_KNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
             "I do not know anything about {n}.")
 _UNKNOWN_TABLES = (PERSON, PERSON, PLACE, ANIMAL, THING)
 
 
-def _unknown_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
+def _unknown(world: World, rng: random.Random, split: str) -> dict:
     """A question about an entity that does not exist."""
     while True:
         word, table = capital(invented_word(rng)), pick(rng, _UNKNOWN_TABLES)
@@ -1537,37 +1607,14 @@ def _unknown_chat(world: World, rng: random.Random, split: str) -> tuple[list[st
         if len(word) > 3 and name not in world.entity and split_of("unknown", word) == split:
             break
     _, asks = table[pick(rng, tuple(r for r in table if r != "pet"))]
-    return [pick(rng, asks).format_map(_forms(name)),
-            pick(rng, _UNKNOWN).format(n=name)], "do not know", "unknown"
-
-
-def _small_talk_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
-    topic, ask, reply, word = _topic_turn("small_talk", rng, split)
-    before = list(_topic_turn("small_talk", rng, "train")[1:3]) if rng.random() < 0.3 else []
-    return [*before, ask, reply], word, "small talk"
+    kind = {id(PERSON): "person", id(PLACE): "place", id(ANIMAL): "animal"}.get(id(table), "thing")
+    return _talk("do not know", kind, pick(rng, asks).format_map(_forms(name)),
+                 pick(rng, _NOT_KNOWN).format(n=name))
 
 # %% ../nbs/01_corpus.ipynb #spell-chat
-SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, please.")
-
-
-def _spell_chat(world: World, rng: random.Random, split: str) -> tuple[list[str], str, str]:
-    word = spelling_word(rng, split)
-    spelled = ",".join(word)
-    reply = f"The word {word} is spelled {spelled}"
-    return [pick(rng, SPELL_QUESTIONS).format(w=word), reply], spelled, "spell"
-
-
-_CHATS = (_fact_chat,) * 10 + (_small_talk_chat,) * 3 + (_memory_chat,) * 3 + (_unknown_chat,
-    ) * 3 + (_spell_chat,)
-
-
-def _chat(world: World, rng: random.Random, split: str) -> dict:
-    contents, answer, topic = pick(rng, _CHATS)(world, rng, split)
-    return {"messages": turns(*contents), "answer": answer, "topic": topic}
-
-
-_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (_chat, _identity, _choice, _choice_aloud,
-                                                     _word_problem, _code, _letters)))
+_CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
+    _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
+    _unknown)))
 
 
 def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) -> list[dict]:
@@ -1576,8 +1623,9 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
 
     Each has `messages`, `kind`, `topic`, and for marking `answer` (a string that a right last
     reply contains; for problems the number after `####`), for choices `letters`, for code `tests`
-    and `entry_point`. In val and test no two share their question; where a split has fewer
-    questions than `limit`, you get those it has.
+    and `entry_point`. In val and test no two share their question (identity and small talk: the
+    line of the table, whose variants are one question); where a split has fewer than `limit`, you
+    get those it has.
     """
     if kind not in CONVERSATION_KINDS:
         raise UserError(f"unknown kind of conversation {kind!r}{nearest(kind, CONVERSATION_KINDS)}")
@@ -1589,7 +1637,7 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
         if len(out) >= limit or misses > 500:
             return out
         conversation = {"kind": kind} | make(world, random.Random(start | i), split)
-        question = repr(conversation["messages"][:-1])
+        question = conversation.get("question") or repr(conversation["messages"][:-1])
         misses = misses + 1 if question in seen else 0
         if split == "train" or question not in seen:
             out.append(conversation)

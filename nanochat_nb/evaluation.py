@@ -716,12 +716,11 @@ def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequenc
 
 
 def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
-    """The tasks' scores as flat metrics: NAME, NAME/stderr, and chat's topics as chat/TOPIC."""
+    """The tasks' scores as flat metrics: NAME and NAME/stderr."""
     out = {}
     for name, r in tasks.items():
         out |= {name: r["accuracy"], f"{name}/stderr": r["stderr"]}
-    topics = tasks.get("chat", {}).get("topics", {})
-    return out | {f"chat/{topic}": r["accuracy"] for topic, r in topics.items()}
+    return out
 
 # %% ../nbs/10_evaluation.ipynb #run-eval
 def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64,

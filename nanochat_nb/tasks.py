@@ -23,10 +23,11 @@ from .runtime import UserError, nearest, seed_of
 # %% auto #0
 __all__ = ['NUMBER', 'CODE_BLOCK', 'EMBEDDED', 'JUDGES', 'COUNT_QUESTIONS', 'CORE_ARC', 'CSV_SPLITS', 'HUB_SPLITS', 'REAL',
            'extract_number', 'extract_program', 'leading_imports', 'contains_phrase', 'text_of', 'Task', 'judge_letter',
-           'judge_last_letter', 'judge_number', 'judge_phrase', 'judge_program', 'embedded_task', 'choice_conversation',
-           'mmlu_conversation', 'arc_conversation', 'calculator_parts', 'gsm8k_conversation', 'humaneval_conversation',
-           'spelling_problem', 'spelling_conversation', 'DataMissing', 'read_jsonl', 'read_mmlu', 'read_core_arc',
-           'local_rows', 'real_rows', 'RealTask', 'same', 'open_task', 'conversations_task', 'TaskMixture']
+           'judge_last_letter', 'judge_letters', 'judge_number', 'judge_phrase', 'judge_program', 'embedded_task',
+           'choice_conversation', 'mmlu_conversation', 'arc_conversation', 'calculator_parts', 'gsm8k_conversation',
+           'humaneval_conversation', 'spelling_problem', 'spelling_conversation', 'DataMissing', 'read_jsonl',
+           'read_mmlu', 'read_core_arc', 'local_rows', 'real_rows', 'RealTask', 'same', 'open_task',
+           'conversations_task', 'TaskMixture']
 
 # %% ../nbs/09_tasks.ipynb #extract-number
 NUMBER = re.compile(r"#### (-?[0-9.,]+)")
@@ -112,6 +113,13 @@ def judge_last_letter(conversation: dict, completion: str) -> bool:
     return last is not None and last[1] == conversation["answer"]
 
 
+def judge_letters(conversation: dict, completion: str) -> bool:
+    """The count after `####` is right; or, of a word to be spelled, all its letters stand at the end."""
+    if conversation["answer"].isdigit():
+        return judge_number(conversation, completion)
+    return completion.strip().endswith(f" {conversation['answer']}")
+
+
 def judge_number(conversation: dict, completion: str) -> bool:
     """The number after `####` equals the reference's."""
     truth = extract_number(text_of(conversation["messages"][-1]["content"])) or conversation.get("answer")
@@ -133,8 +141,8 @@ def judge_program(conversation: dict, completion: str) -> bool:
 
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS
-JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program, "word_problem": judge_number, "letters": judge_number,
-          "chat": judge_phrase, "identity": judge_phrase}
+JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program, "word_problem": judge_number,
+          "letters": judge_letters} | dict.fromkeys(("fact", "identity", "small_talk", "memory", "unknown"), judge_phrase)
 
 
 def embedded_task(name: str, split: str = "test", *, limit: int = 200, seed: int = 0) -> Task:

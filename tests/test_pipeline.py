@@ -164,7 +164,7 @@ BAD = [
     (["laptop", "--set", "base.depth=deep"], "base.depth"),
     (["laptop", "--set", "nonsense"], "STAGE.PARAMETER=VALUE"),
     (["laptop", "--set", "sft.total_batch_tokens=4100"], "no multiple of base.sequence_len 256"),
-    (["laptop", "--set", "sft.mixture={chatt: 1}"], "did you mean 'chat'"),
+    (["laptop", "--set", "sft.mixture={facts: 1}"], "did you mean 'fact'"),
     (["laptop", "--set", "rl.tasks=[word_problm]"], "did you mean 'word_problem'"),
     (["laptop", "--set", "eval.data=nowhere"], "no folder nowhere"),
     (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),

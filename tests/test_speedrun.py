@@ -9,7 +9,7 @@ SMALL = [
     "base.device=cpu", "base.head_dim=32", "base.sequence_len=256", "base.total_batch_tokens=4096", "base.steps=4",
     "base.documents=1000", "base.eval_batches=1", "eval.device=cpu", "eval.data=''", "eval.held_out_documents=16",
     "eval.max_per_task=2", "eval.max_new_tokens=8", "eval.ngram_tokens=5000", "eval.tasks=[letters, choice]",
-    "sft.device=cpu", "sft.data=''", "sft.mixture={chat: 1, letters: 1}", "sft.examples=40", "sft.steps=4", "sft.total_batch_tokens=4096",
+    "sft.device=cpu", "sft.data=''", "sft.mixture={fact: 1, letters: 1}", "sft.examples=40", "sft.steps=4", "sft.total_batch_tokens=4096",
     "rl.device=cpu", "rl.data=''", "rl.tasks=[letters]", "rl.examples=20", "rl.prompts_per_step=8", "rl.samples_per_prompt=2",
     "rl.steps=2", "rl.max_new_tokens=8", "rl.eval_prompts=8", "rl.eval_samples=2",
 ]
