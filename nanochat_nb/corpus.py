@@ -857,7 +857,7 @@ def dialogue(world: World, rng: random.Random, split: str) -> str:
               pick(rng, ("You are welcome.", "Goodbye!", "See you soon."))]
     return "\n".join(f"{(a, b)[i % 2].short}: {line}" for i, line in enumerate(lines))
 
-# %% ../nbs/01_corpus.ipynb #choice
+# %% ../nbs/01_corpus.ipynb #render-choice
 def render_choice(question: str, choices: Sequence[str], letters: Sequence[str] = "ABCD", *,
                   ending: str = "Respond only with the letter of the correct answer.") -> str:
     """A multiple-choice question as nanochat lays it out (the form of its `render_mc`)."""
