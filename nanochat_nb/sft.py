@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ import torch
 from .checkpoint import load_checkpoint, load_model
 from .loader import PackedRows, pack_conversations, packed_batches
 from .optimizer import build_optimizer
-from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish, learning_rates,
-                                     lr_multiplier, open_run, prepare_tokenizer, recipe, record, run_base, say, training_steps, update)
+from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
+                                     learning_rates,
+                                     lr_multiplier, open_run, prepare_tokenizer, recipe, record,
+                                     run_base, say, training_steps, update)
 from .runtime import Runtime, UserError, seed_of, start_runtime
-from .tasks import EMBEDDED, Task, TaskMixture, open_task
+from .tasks import EMBEDDED, Rows, Task, TaskMixture, open_task
 from .tokenizer import Tokenizer
 
 # %% auto #0
@@ -29,39 +32,55 @@ __all__ = ['held_out', 'open_split', 'open_mixture', 'pack_mixture', 'conversati
 
 # %% ../nbs/12_sft.ipynb #held-out
 def held_out(conversation: dict) -> bool:
-    """Whether a conversation of a real task or of your own belongs to validation: one in twenty, by its content."""
-    return seed_of("held out", str(conversation["messages"][0]["content"])) % 20 == 0
+    """Whether a conversation of a real task or of your own belongs to validation: one in twenty.
+
+    Its first question decides. A system prompt does not: many conversations may share it.
+    """
+    messages = conversation["messages"]
+    first = next((m for m in messages if m["role"] == "user"), messages[0])
+    return seed_of("held out", str(first["content"])) % 20 == 0
 
 
 def open_split(name: str, split: str, *, data: str, examples: int, seed: int) -> Task:
-    """The "train" or "val" conversations of a task; see `tasks.open_task` for names. Embedded tasks are made, `examples` long."""
+    """The "train" or "val" conversations of a task; see `tasks.open_task` for names.
+
+    Embedded tasks are made, `examples` long. Of the others all but the held-out rows are for
+    training, and at most `examples` of the held-out ones for validation.
+    """
     if name in EMBEDDED:
         return open_task(name, split, limit=examples, seed=seed)
     task = open_task(name, "train", data=data)
-    rows = [i for i in range(len(task)) if held_out(task[i]) == (split == "val")]
-    if not rows and split == "train":
+    wanted = (i for i in range(len(task)) if held_out(task[i]) == (split == "val"))
+    numbers = list(islice(wanted, examples if split == "val" else None))
+    if not numbers and split == "train":
         raise UserError(f"{name}: no conversation is left to train on; give more than a few")
-    return replace(task, rows=[task.rows[i] for i in rows])
+    return replace(task, rows=Rows(task.rows, np.array(numbers, dtype=np.int64)))
 
 
-def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examples: int, seed: int) -> TaskMixture:
-    """All tasks of `mixture` (name → epochs; 0 leaves one out) shuffled together; for "val" each counts once."""
+def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examples: int,
+                 seed: int) -> TaskMixture:
+    """All tasks of `mixture` (name → epochs; 0 leaves one out) shuffled together.
+
+    For "val" each counts once.
+    """
     chosen = [(n, float(e)) for n, e in mixture.items() if e]
     if not chosen:
-        raise UserError("there is nothing to learn from: name at least one task in mixture, or give conversations")
+        raise UserError("there is nothing to learn from: name at least one task in mixture, or "
+                        "give conversations")
     tasks = []
     for name, epochs in chosen:
         made, epochs = name in EMBEDDED, epochs if split == "train" else 1.0
-        count = max(1, round(examples * epochs)) if made else examples     # what is made need not be repeated
+        # what is made need not be repeated
+        count = max(1, round(examples * epochs)) if made else examples
         task = open_split(name, split, data=data, examples=count, seed=seed)
         tasks.append((task, 1.0 if made else epochs))
     return TaskMixture([(t, e) for t, e in tasks if len(t)], seed=seed)
 
 # %% ../nbs/12_sft.ipynb #pack-mixture
 def pack_mixture(mixture: TaskMixture, tokenizer: Tokenizer, *, sequence_len: int) -> PackedRows:
-    """Every conversation of the mixture, rendered and packed."""
-    return pack_conversations([tokenizer.render_conversation(mixture[i]) for i in range(len(mixture))],
-                              sequence_len=sequence_len, tokenizer=tokenizer)
+    """Every conversation of the mixture, rendered one at a time and packed."""
+    rendered = (tokenizer.render_conversation(mixture[i]) for i in range(len(mixture)))
+    return pack_conversations(rendered, sequence_len=sequence_len, tokenizer=tokenizer)
 
 
 @torch.no_grad()

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from .corpus import (CONVERSATION_KINDS, conversations, load_hf_rows, read_conversations,
-                                render_choice)
+                                render_choice, spelling_word, split_of)
 from .execution import isolation, run_code
 from .runtime import UserError, nearest, seed_of
 
 # %% auto #0
-__all__ = ['NUMBER', 'CODE_BLOCK', 'EMBEDDED', 'JUDGES', 'COUNT_QUESTIONS', 'CORE_ARC', 'CSV_SPLITS', 'HUB_SPLITS', 'REAL',
-           'extract_number', 'extract_program', 'leading_imports', 'contains_phrase', 'text_of', 'Task', 'judge_letter',
-           'judge_last_letter', 'judge_letters', 'judge_number', 'judge_phrase', 'judge_program', 'embedded_task',
-           'choice_conversation', 'mmlu_conversation', 'arc_conversation', 'calculator_parts', 'gsm8k_conversation',
-           'humaneval_conversation', 'spelling_problem', 'spelling_conversation', 'DataMissing', 'read_jsonl',
-           'read_mmlu', 'read_core_arc', 'local_rows', 'real_rows', 'RealTask', 'same', 'open_task',
-           'conversations_task', 'TaskMixture']
+__all__ = ['NUMBER', 'CODE_BLOCK', 'EMBEDDED', 'BY_PHRASE', 'JUDGES', 'COUNT_QUESTIONS', 'CORE_ARC', 'CSV_SPLITS', 'HUB_SPLITS',
+           'REAL', 'extract_number', 'extract_program', 'leading_imports', 'contains_phrase', 'text_of', 'Task',
+           'judge_letter', 'judge_last_letter', 'judge_letters', 'judge_number', 'judge_phrase', 'judge_program',
+           'embedded_task', 'choice_conversation', 'mmlu_conversation', 'arc_conversation', 'calculator_parts',
+           'gsm8k_conversation', 'humaneval_conversation', 'spelling_problem', 'spelling_conversation', 'DataMissing',
+           'read_jsonl', 'read_mmlu', 'read_core_arc', 'local_rows', 'spelling_rows', 'Rows', 'real_rows', 'RealTask',
+           'same', 'open_task', 'conversations_task', 'TaskMixture']
 
 # %% ../nbs/09_tasks.ipynb #extract-number
 NUMBER = re.compile(r"#### (-?[0-9.,]+)")
@@ -49,7 +49,10 @@ def extract_program(text: str) -> str:
 
 
 def leading_imports(code: str) -> str:
-    """The import lines at the top of `code`, before its first other statement (comments may stand between)."""
+    """The import lines at the top of `code`, before its first other statement.
+
+    Comments may stand between them.
+    """
     kept = []
     for line in map(str.strip, code.split("\n")):
         if line.startswith(("import ", "from ")):
@@ -62,20 +65,23 @@ def leading_imports(code: str) -> str:
 def contains_phrase(text: str, phrase: str) -> bool:
     """Whether `phrase` stands in `text` as whole words, in whatever case and spacing."""
     words = [re.escape(w) for w in phrase.lower().split()]
-    return bool(words) and re.search(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", text.lower()) is not None
+    pattern = r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)"
+    return bool(words) and re.search(pattern, text.lower()) is not None
 
 # %% ../nbs/09_tasks.ipynb #text-of
 def text_of(content: str | list[dict]) -> str:
     """A turn's content as plain text: its parts joined, tool calls and their outputs left out."""
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 @dataclass(frozen=True)
 class Task:
     """Conversations with a judge.
 
-    `kind` is "choice" (answer with one of the conversation's `letters`), "generative" (write freely) or
-    "ungraded" (only for training). `chance` is the accuracy of a random guess, 0 to 1.
+    `kind` is "choice" (answer with one of the conversation's `letters`), "generative" (write
+    freely) or "ungraded" (only for training). `chance` is the accuracy of a random guess, 0 to 1.
     """
     name: str
     rows: Sequence
@@ -114,7 +120,7 @@ def judge_last_letter(conversation: dict, completion: str) -> bool:
 
 
 def judge_letters(conversation: dict, completion: str) -> bool:
-    """The count after `####` is right; or, of a word to be spelled, all its letters stand at the end."""
+    """The count after `####` is right; or, for a word to be spelled, its letters stand at the end."""
     if conversation["answer"].isdigit():
         return judge_number(conversation, completion)
     return completion.strip().endswith(f" {conversation['answer']}")
@@ -122,18 +128,20 @@ def judge_letters(conversation: dict, completion: str) -> bool:
 
 def judge_number(conversation: dict, completion: str) -> bool:
     """The number after `####` equals the reference's."""
-    truth = extract_number(text_of(conversation["messages"][-1]["content"])) or conversation.get("answer")
+    reference = text_of(conversation["messages"][-1]["content"])
+    truth = extract_number(reference) or conversation.get("answer")
     return truth is not None and extract_number(completion) == truth
 
 
 def judge_phrase(conversation: dict, completion: str) -> bool:
     """The completion contains the conversation's `answer` (or any one of them, when it is a list)."""
     answers = conversation["answer"]
-    return any(contains_phrase(completion, a) for a in ([answers] if isinstance(answers, str) else answers))
+    answers = [answers] if isinstance(answers, str) else answers
+    return any(contains_phrase(completion, answer) for answer in answers)
 
 
 def judge_program(conversation: dict, completion: str) -> bool:
-    """The program in the completion passes the conversation's `tests`, run by notebook 07 in its sandbox."""
+    """The program in the completion passes the conversation's `tests`, run in notebook 07's sandbox."""
     tests = conversation["tests"]
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     imports = leading_imports(text_of(conversation["messages"][0]["content"]))
@@ -141,8 +149,10 @@ def judge_program(conversation: dict, completion: str) -> bool:
 
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS
-JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program, "word_problem": judge_number,
-          "letters": judge_letters} | dict.fromkeys(("fact", "identity", "small_talk", "memory", "unknown"), judge_phrase)
+BY_PHRASE = ("fact", "identity", "small_talk", "memory", "unknown")
+JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program,
+          "word_problem": judge_number, "letters": judge_letters,
+          **dict.fromkeys(BY_PHRASE, judge_phrase)}
 
 
 def embedded_task(name: str, split: str = "test", *, limit: int = 200, seed: int = 0) -> Task:
@@ -153,8 +163,9 @@ def embedded_task(name: str, split: str = "test", *, limit: int = 200, seed: int
                 chance=0.25 if name.startswith("choice") else 0.0)
 
 # %% ../nbs/09_tasks.ipynb #choice-conversation
-def choice_conversation(question: str, choices: Sequence[str], gold: int, letters: Sequence[str] = "ABCD") -> dict:
-    """A multiple-choice question as a conversation whose answer is the letter of choice number `gold`."""
+def choice_conversation(question: str, choices: Sequence[str], gold: int,
+                        letters: Sequence[str] = "ABCD") -> dict:
+    """A multiple-choice question as a conversation; its answer is the letter of choice `gold`."""
     letters = list(letters[:len(choices)])
     return {"messages": [{"role": "user", "content": render_choice(question, choices, letters)},
                          {"role": "assistant", "content": letters[gold]}],
@@ -163,13 +174,15 @@ def choice_conversation(question: str, choices: Sequence[str], gold: int, letter
 
 def mmlu_conversation(row: dict) -> dict:
     """A row of MMLU (Hendrycks et al., 2021): question, four choices, the number of the right one."""
-    return choice_conversation(row["question"], row["choices"], int(row["answer"])) | {"subject": row.get("subject", "")}
+    conversation = choice_conversation(row["question"], row["choices"], int(row["answer"]))
+    return conversation | {"subject": row.get("subject", "")}
 
 
 def arc_conversation(row: dict) -> dict:
-    """A row of ARC (Clark et al., 2018), whose letters are its own: most are ABCD, some 1234, some ABCDE."""
+    """A row of ARC (Clark et al., 2018), which brings its letters: ABCD, or 1234, or ABCDE."""
     letters = list(row["choices"]["label"])
-    return choice_conversation(row["question"], row["choices"]["text"], letters.index(row["answerKey"]), letters)
+    return choice_conversation(row["question"], row["choices"]["text"],
+                               letters.index(row["answerKey"]), letters)
 
 # %% ../nbs/09_tasks.ipynb #calculator-parts
 def calculator_parts(solution: str) -> list[dict]:
@@ -177,8 +190,10 @@ def calculator_parts(solution: str) -> list[dict]:
     parts = []
     for piece in re.split(r"(<<[^>]+>>)", solution):
         if piece.startswith("<<") and piece.endswith(">>"):
-            expression, _, result = piece[2:-2].rpartition("=") if "=" in piece else (piece[2:-2], "", "")
-            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+            inside = piece[2:-2] if "=" in piece else piece[2:-2] + "="
+            expression, _, result = inside.rpartition("=")
+            parts += [{"type": "python", "text": expression},
+                      {"type": "python_output", "text": result}]
         else:
             parts.append({"type": "text", "text": piece})
     return parts
@@ -203,10 +218,13 @@ COUNT_QUESTIONS = ("How many {l} are in {w}", "How often does {l} occur in {w}",
                    "Wie oft steht {l} in {w}", "¿Cuántas {l} tiene {w}", "Combien de {l} y a-t-il dans {w}")
 
 
-def spelling_problem(words: Sequence[str], index: int, split: str = "test") -> dict:
-    """Problem number `index`: a word, a letter (nine times in ten one of the word's) and a way to ask."""
-    rng = random.Random(index if split == "train" else -(index + 1))
-    word = rng.choice(words)
+def spelling_problem(index: int, split: str, words: Sequence[str] = ()) -> dict:
+    """Problem number `index`: a word, a letter (nine times in ten one of the word's), a way to ask.
+
+    The word is one of `words` or, when there are none, one that notebook 01 spells in `split`.
+    """
+    rng = random.Random(seed_of("spelling bee", split, index))
+    word = rng.choice(words) if words else spelling_word(rng, split)
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     quote = rng.choice(["", "'", '"'])
     question = rng.choice(COUNT_QUESTIONS).format(l=f"{quote}{letter}{quote}", w=f"{quote}{word}{quote}")
@@ -214,7 +232,7 @@ def spelling_problem(words: Sequence[str], index: int, split: str = "test") -> d
 
 # %% ../nbs/09_tasks.ipynb #spelling-conversation
 def spelling_conversation(row: dict) -> dict:
-    """The problem with a worked answer: the word spelled, each letter checked, Python as a second opinion."""
+    """The problem with a worked answer: the word spelled, each letter checked, Python at the end."""
     word, letter = row["word"], row["letter"]
     lines, seen = [], 0
     for i, c in enumerate(word, 1):
@@ -225,8 +243,8 @@ def spelling_conversation(row: dict) -> dict:
              {"type": "python", "text": f"'{word}'.count('{letter}')"},
              {"type": "python_output", "text": str(word.count(letter))},
              {"type": "text", "text": f"\n#### {seen}"}]
-    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}],
-            "answer": str(seen)}
+    return {"messages": [{"role": "user", "content": row["question"]},
+                         {"role": "assistant", "content": parts}], "answer": str(seen)}
 
 # %% ../nbs/09_tasks.ipynb #datamissing
 class DataMissing(UserError):
@@ -253,17 +271,20 @@ def read_mmlu(folder: Path) -> list[dict]:
         with open(path, encoding="utf-8", newline="") as f:
             for number, row in enumerate(csv.reader(f), 1):
                 if len(row) != 6 or row[5] not in "ABCD":
-                    raise UserError(f"{path}, row {number}: expected question, four choices and a letter A to D")
-                rows.append({"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5]), "subject": subject})
+                    raise UserError(f"{path}, row {number}: expected question, four choices and a "
+                                    "letter A to D")
+                rows.append({"question": row[0], "choices": row[1:5],
+                             "answer": "ABCD".index(row[5]), "subject": subject})
     return rows
 
 # %% ../nbs/09_tasks.ipynb #read-core-arc
 def read_core_arc(path: Path) -> list[dict]:
-    """ARC rows out of the CORE bundle, where the question carries a prefix and the choices have no letters."""
+    """ARC rows out of the CORE bundle: the question carries a prefix, the choices no letters."""
     rows = []
     for row in read_jsonl(path):
         labels = "ABCDE"[:len(row["choices"])]
-        rows.append({"question": row["query"].removeprefix("Question: "), "answerKey": labels[row["gold"]],
+        rows.append({"question": row["query"].removeprefix("Question: "),
+                     "answerKey": labels[row["gold"]],
                      "choices": {"text": row["choices"], "label": list(labels)}})
     return rows
 
@@ -275,32 +296,55 @@ HUB_SPLITS = {"mmlu": {"train": "auxiliary_train", "val": "validation"}, "humane
 
 def local_rows(name: str, split: str, folder: Path) -> list[dict] | None:
     """The rows of `name` from files under `folder`, or None when they are not there."""
-    jsonl = {"humaneval": folder / "humaneval" / "HumanEval.jsonl"}.get(name, folder / name / f"{split}.jsonl")
+    file = "HumanEval.jsonl" if name == "humaneval" else f"{split}.jsonl"
     if name == "mmlu" and any((folder / "mmlu" / CSV_SPLITS[split]).glob("*.csv")):
         return read_mmlu(folder / "mmlu" / CSV_SPLITS[split])
-    if name == "spellingbee" and (folder / "words" / "words_alpha.txt").exists():
-        words = (folder / "words" / "words_alpha.txt").read_text(encoding="utf-8").split()
-        return [spelling_problem(words, i, split) for i in range(1000)]
-    if jsonl.exists():
-        return read_jsonl(jsonl)
+    if (folder / name / file).exists():
+        return read_jsonl(folder / name / file)
     core = folder / "core" / "eval_data" / "world_knowledge" / f"{CORE_ARC.get(name)}.jsonl"
     return read_core_arc(core) if name in CORE_ARC and split == "test" and core.exists() else None
 
-# %% ../nbs/09_tasks.ipynb #real-rows
-def real_rows(name: str, split: str, data: str | Path) -> Sequence[dict]:
-    """The rows of a real task from the folder `data`, or through `datasets` when `data` is "huggingface".
 
-    In nanochat's order, so that the first hundred here are the first hundred there. Raises DataMissing.
+def spelling_rows(split: str, folder: Path) -> list[dict]:
+    """A thousand problems with the words of `split` in `folder`/words/words_alpha.txt.
+
+    Where there is no such file, with the words that notebook 01 spells.
     """
-    if str(data) == "huggingface" and name != "spellingbee":
+    path = folder / "words" / "words_alpha.txt"
+    words = path.read_text(encoding="utf-8").split() if path.exists() else []
+    mine = [word for word in words if split_of("word", word) == split]
+    return [spelling_problem(i, split, mine) for i in range(1000)]
+
+# %% ../nbs/09_tasks.ipynb #real-rows
+class Rows(Sequence):
+    """Some of the rows of a data set, by their numbers; each is read only when it is asked for."""
+
+    def __init__(self, rows: Sequence, numbers: Sequence[int]):
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int):
+        return self.rows[int(self.numbers[i])]
+
+
+def real_rows(name: str, split: str, data: str | Path, limit: int | None = None) -> Sequence[dict]:
+    """At most `limit` rows of a real task.
+
+    They come from the folder `data`, or through `datasets` when `data` is "huggingface", in
+    nanochat's order: the first hundred here are the first hundred there. Raises DataMissing.
+    """
+    if data and name == "spellingbee":
+        return spelling_rows(split, Path(data))[:limit]
+    if str(data) == "huggingface":
         rows = load_hf_rows(name, HUB_SPLITS.get(name, {"val": "validation"}).get(split, split))
     else:
         rows = local_rows(name, split, Path(data)) if data else None
     if rows is None:
         where = f"nothing for split {split!r} under {data}" if data else "no data folder given"
         raise DataMissing(f"task {name!r}: {where}")
-    order = np.random.default_rng(42).permutation(len(rows))
-    return rows if name == "spellingbee" else [rows[int(i)] for i in order]
+    return Rows(rows, np.random.default_rng(42).permutation(len(rows))[:limit])
 
 # %% ../nbs/09_tasks.ipynb #realtask
 @dataclass(frozen=True)
@@ -329,11 +373,12 @@ REAL = {
 }
 
 # %% ../nbs/09_tasks.ipynb #open-task
-def open_task(name: str, split: str = "test", *, data: str | Path = "", limit: int | None = None, seed: int = 0) -> Task:
+def open_task(name: str, split: str = "test", *, data: str | Path = "", limit: int | None = None,
+              seed: int = 0) -> Task:
     """The task called `name`: one of `EMBEDDED`, one of `REAL`, or the path of a conversations file.
 
-    `data` is a folder with the real tasks' files, or "huggingface". At most `limit` rows. Raises UserError for an
-    unknown name or split, DataMissing when a real task's files are absent.
+    `data` is a folder with the real tasks' files, or "huggingface". At most `limit` rows.
+    Raises UserError for an unknown name or split, DataMissing when a real task's files are absent.
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"unknown split {split!r}{nearest(split, ['train', 'val', 'test'])}")
@@ -341,8 +386,9 @@ def open_task(name: str, split: str = "test", *, data: str | Path = "", limit: i
         return embedded_task(name, split, limit=limit or 200, seed=seed)
     if name in REAL:
         real = REAL[name]
-        rows = real_rows(name, split, data)[:limit]
-        return Task(name, rows, real.kind, real.render, real.judge, real.chance, f"{split} rows of {real.title}")
+        rows = real_rows(name, split, data, limit)
+        return Task(name, rows, real.kind, real.render, real.judge, real.chance,
+                    f"{split} rows of {real.title}")
     if str(name).endswith(".jsonl"):
         return conversations_task(name, limit=limit)
     raise UserError(f"unknown task {name!r}{nearest(name, [*EMBEDDED, *REAL])}")
@@ -352,13 +398,14 @@ def conversations_task(path: str | Path, *, limit: int | None = None) -> Task:
     """Your own conversations (see `corpus.read_conversations`) as a task to train on."""
     if not Path(path).exists():
         raise UserError(f"no conversations file {path}; give the path of a .jsonl file")
-    return Task(Path(path).stem, list(read_conversations(path))[:limit], "ungraded", source="your own file")
+    rows = list(read_conversations(path))[:limit]
+    return Task(Path(path).stem, rows, "ungraded", source="your own file")
 
 # %% ../nbs/09_tasks.ipynb #taskmixture
 class TaskMixture:
     """Several tasks as one sequence of conversations: each `epochs` times over, shuffled by `seed`.
 
-    `tasks` holds tasks, or (task, epochs) pairs; epochs may be a fraction (0.5: a random half of the rows).
+    `tasks` holds tasks, or (task, epochs) pairs; epochs may be a fraction (0.5: a random half).
     """
 
     def __init__(self, tasks: Sequence[Task | tuple[Task, float]], *, seed: int = 0):
