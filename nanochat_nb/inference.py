@@ -24,9 +24,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'Snapshot', 'prefill', 'next_logits', 'BatchCache', 'RowCache',
-           'kept_probabilities', 'choose', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'Completion',
-           'Event', 'Request', 'batches_by_length', 'Engine', 'chat_prompt', 'TextStream', 'completion_parts',
-           'best_stage', 'chat', 'main']
+           'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools',
+           'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'chat_prompt', 'TextStream',
+           'completion_parts', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -159,17 +159,24 @@ def kept_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p
     return weights
 
 # %% ../nbs/08_inference.ipynb #choose
-def choose(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """A token id per row (B,): the likeliest where temperature is 0, else drawn by `uniform` (B,) in [0, 1)."""
+def choose(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor,
+           top_p: Tensor) -> Tensor:
+    """A token id per row (B,): the likeliest where temperature is 0, else drawn by `uniform` (B,)
+    in [0, 1), float64."""
     greedy = temperature <= 0
     if bool(greedy.all()):
         return logits.argmax(-1)
     weights = kept_probabilities(logits, torch.where(greedy, 1.0, temperature), top_k, top_p)
-    passed = weights.double().cumsum(-1)
-    total = passed[:, -1:]
+    passed = weights.to(search_device(logits.device)).double().cumsum(-1)
+    total, uniform = passed[:, -1:], uniform.to(passed.device)
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(passed, target, right=True)[:, 0]
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    return torch.where(greedy, logits.argmax(-1), drawn.to(logits.device))
+
+
+def search_device(device: torch.device) -> torch.device:
+    """Where float64 can be had: Apple's GPU has none, so there the search is the CPU's work."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 # %% ../nbs/08_inference.ipynb #toolwatch
 class ToolWatch:
@@ -304,13 +311,25 @@ class Engine:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the model's weights if they changed. Cast once to the compute dtype, not at every step."""
+        """Take over the model's weights if they changed. Cast once to the compute dtype, not at
+        every step."""
         weights = [(id(p), p._version) for p in self.source.parameters()]
         if weights != self._weights:
-            matrix = self.source.lm_head.weight
-            self.model = self.source if matrix.dtype == self.source.dtype else self.source.inference_copy()
+            self._take_weights()
             self._weights, self._plan, self.prefixes = weights, None, {}
-            self.cache = RowCache(self.model.config, self.max_batch, self.max_len, matrix.device, self.model.dtype)
+            self.cache = RowCache(self.model.config, self.max_batch, self.max_len,
+                                  self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def _take_weights(self) -> None:
+        matrix = self.source.lm_head.weight
+        if matrix.dtype == self.source.dtype:
+            self.model = self.source
+        elif self.model in (None, self.source) or self.model.device != matrix.device:
+            self.model = self.source.inference_copy()
+        else:                                                # the copy we have, with new numbers
+            for ours, theirs in zip(self.model.parameters(), self.source.parameters()):
+                ours.copy_(theirs)
 
     @property
     def busy(self) -> bool:
@@ -429,7 +448,7 @@ def _dials(requests: list[Request], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _choose(requests: list[Request], logits: Tensor, dials: tuple[Tensor, Tensor, Tensor]) -> list[int]:
-    uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64, device=logits.device)
+    uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, *dials).tolist()
 
 

@@ -39,7 +39,7 @@ __all__ = ['ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_bac
            'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'ApiError',
            'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose',
            'parts', 'Shape', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'sampling_options',
-           'create_app', 'model_loaders', 'add_routes', 'check_port', 'serve', 'main']
+           'create_app', 'model_loaders', 'EventStream', 'add_routes', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -378,33 +378,56 @@ def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
 # %% ../nbs/16_server.ipynb #modelpool
 class ModelPool:
     """Engines by name, each with its thread, loaded on demand; at most `keep` stay, the longest
-    idle leaves."""
+    idle leaves. One that is in use never leaves."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], object]], *, keep: int = 2):
         self.loaders, self.keep = dict(loaders), keep
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
-        self._lock = threading.Lock()
+        self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
+        self._lock = threading.Lock()                      # for the two lines above: never for long
+        self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
     def default(self) -> str:
         """The name that an empty or absent `model` means."""
         return next(iter(self.loaders))
 
-    def get(self, name: str = "") -> EngineWorker:
-        """The worker of a model; blocks while it loads. Raises ApiError (404) for an unknown
-        name."""
+    @contextlib.contextmanager
+    def use(self, name: str = "") -> Iterator[EngineWorker]:
+        """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
+
+        Raises ApiError (404) for an unknown name.
+        """
         name = name or self.default
         if name not in self.loaders:
             raise ApiError(404, f"no model {name!r}{nearest(name, self.loaders)}", param="model",
                            code="model_not_found")
         with self._lock:
+            self._users[name] += 1                         # from here on it does not leave
+        try:
+            yield self._worker(name)
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+                self._keep(self.keep)
+
+    def _worker(self, name: str) -> EngineWorker:
+        with self._loading[name]:                          # who wants the same model waits for it
             if name not in self.workers:
-                idle = [n for n, w in self.workers.items() if not w.waiting]
-                if len(self.workers) >= self.keep and idle:
-                    self.workers.pop(idle[0]).close()
-                self.workers[name] = EngineWorker(self.loaders[name]())
-            self.workers[name] = self.workers.pop(name)    # now the most recent
-            return self.workers[name]
+                with self._lock:
+                    self._keep(self.keep - 1)
+                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+                with self._lock:
+                    self.workers[name] = worker
+            with self._lock:
+                self.workers[name] = self.workers.pop(name)    # now the most recent
+                return self.workers[name]
+
+    def _keep(self, most: int) -> None:
+        """Let idle models leave until at most `most` are left. The caller holds the lock."""
+        for name, worker in list(self.workers.items()):
+            if len(self.workers) > most and not self._users[name] and not worker.waiting:
+                self.workers.pop(name).close()
 
     def close(self) -> None:
         """End every thread."""
@@ -632,6 +655,19 @@ def model_loaders(source, name: str, device: str | None, dtype) -> dict[str, Cal
     return dict(source) if isinstance(source, Mapping) else {name: lambda: source}
 
 # %% ../nbs/16_server.ipynb #add-routes
+class EventStream(StreamingResponse):
+    """Server-sent events; `held` is closed when the client has them all, or has gone."""
+
+    def __init__(self, events: AsyncIterator[str], held: contextlib.ExitStack):
+        super().__init__(events, media_type="text/event-stream",
+                         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.held = held
+
+    async def __call__(self, scope, receive, send) -> None:
+        with self.held:
+            await super().__call__(scope, receive, send)
+
+
 def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> None:
     """Connect the API's paths to the functions above."""
 
@@ -644,25 +680,24 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
     async def answer(request: Request, body: Sampling, prepare: Callable, kind: str):
-        worker = await run_in_threadpool(pool.get, body.model)
-        if worker.waiting >= limits.requests:
-            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                           headers={"Retry-After": "2"})
-        if body.logprobs:
-            raise ApiError(400, "logprobs are not available", param="logprobs")
-        n, most = body.n or 1, limits.choices
-        job = prepare(worker, body, limits) if n <= most else None
-        if job is None or len(job.prompts) > most:
-            raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
-                           param="n")
-        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
-                      kind == "chatcmpl")
-        if not body.stream:
-            return await whole_answer(job, shape, n, request)
-        include = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(stream_answer(job, shape, n, include),
-                                 media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        with contextlib.ExitStack() as held:
+            worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
+            if worker.waiting >= limits.requests:
+                raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                               headers={"Retry-After": "2"})
+            if body.logprobs:
+                raise ApiError(400, "logprobs are not available", param="logprobs")
+            n, most = body.n or 1, limits.choices
+            job = prepare(worker, body, limits) if n <= most else None
+            if job is None or len(job.prompts) > most:
+                raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
+                               param="n")
+            shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
+                          kind == "chatcmpl")
+            if not body.stream:
+                return await whole_answer(job, shape, n, request)
+            include = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(stream_answer(job, shape, n, include), held.pop_all())
 
     @app.get("/health")
     def health() -> dict:
@@ -711,7 +746,8 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
     check_port(host, port)
     app = create_app(run, device=device, api_key=key, **({} if local else {"hosts": ("*",)}))
-    app.state.pool.get()  # load the default model now: errors come early
+    with app.state.pool.use():                  # load the default model now: errors come early
+        pass
     print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1",
           flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

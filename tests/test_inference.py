@@ -72,6 +72,19 @@ def test_samples_do_not_depend_on_company(tok):
     assert seeded[0][0].ids == crowd[0][0].ids and seeded[1][0].ids != crowd[1][0].ids
 
 
+def test_the_search_runs_where_float64_is(monkeypatch):
+    """Apple's GPU has no float64. No such machine is at hand: here the CPU's float64 is taken away unless it was asked for."""
+    assert inference.search_device(torch.device("mps")).type == "cpu"
+    assert inference.search_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    asked = []
+    monkeypatch.setattr(inference, "search_device", lambda device: (asked.append(device), device)[1])
+    real = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda t: real(t) if asked else pytest.fail("float64 on the logits' device"))
+    one = torch.ones(1)
+    assert inference.choose(torch.zeros(1, 4), one.to(torch.float64) * 0.6, one, one.long() * 0, one).tolist() == [2]
+    assert asked
+
+
 def test_a_shared_prompt_is_read_once(tok, monkeypatch):
     read, real = [], inference.prefill
     monkeypatch.setattr(inference, "prefill", lambda m, prompts, **k: (read.extend(prompts), real(m, prompts, **k))[1])
@@ -123,6 +136,7 @@ def test_new_weights_are_used_and_cast_once(tok):
         for p in model.parameters():
             p += torch.randn(p.shape, generator=generator("other", p.numel())) * 0.2
     after = engine.generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
+    assert engine.model is copy                              # new numbers in the same memory
     assert after != before and after == silent(Engine(model, tok)).generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
 
 
@@ -193,7 +207,7 @@ def test_a_parked_row_comes_back_as_it_was(tok, monkeypatch):
 
 def test_command_line_errors(tmp_path):
     with pytest.raises(UserError, match="did you mean 'laptop'"):
-        (tmp_path / "laptop").mkdir()
+        (tmp_path / "laptop" / "tokenizer").mkdir(parents=True)
         best_stage(tmp_path / "laptp")
     with pytest.raises(UserError, match="no trained model"):
         main(["--run", str(tmp_path / "laptop"), "-p", "hello"])

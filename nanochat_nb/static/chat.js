@@ -203,7 +203,9 @@ function openStore(key) {
 
 const fresh = () => ({ id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`, title: "", messages: [] });
 
-const EXAMPLES = ["Who are you?", "Tell me a story.", "How many r are in strawberry?", "What is 12 times 37?"];
+// Questions of the kinds that the laptop's model was trained on; notebook 17 checks that none is kept for its exam.
+const EXAMPLES = ["What is your name?", "Where does Greta Quill live?", "How many r are in strawberry?", "Tell me a story.",
+  "Dirk has 37 ribbons. Then Dirk collects 14 more. How many ribbons does Dirk have in the end?"];
 
 // ---- The widget --------------------------------------------------------------------------------------------------
 

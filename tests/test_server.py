@@ -1,0 +1,94 @@
+"""The server's models: none leaves while a request holds it, none makes the others wait."""
+import threading
+
+import pytest
+from fastapi.testclient import TestClient
+
+from nanochat_nb.corpus import open_text
+from nanochat_nb.server import ApiError, Limits, ModelPool, ScriptedEngine, create_app
+from nanochat_nb.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.train([d.text for d in open_text(["world"], documents=30).documents("train")], 300)
+
+
+@pytest.fixture
+def loaders(tok):
+    return {name: lambda name=name: ScriptedEngine(tok, lambda p: tok.encode(name)) for name in "abc"}
+
+
+def submit_and_wait(worker, seconds=10):
+    ended = threading.Event()
+    worker.submit([65], lambda ids, finish: finish and ended.set(), max_new_tokens=9)
+    return ended.wait(seconds)
+
+
+def load(pool, name):
+    with pool.use(name) as worker:
+        return worker
+
+
+def test_a_model_in_use_does_not_leave(loaders):
+    pool = ModelPool(loaders, keep=1)
+    with pool.use("a") as worker:                    # found, and nothing submitted yet
+        load(pool, "b")
+        load(pool, "c")
+        assert "a" in pool.workers and submit_and_wait(worker)
+    assert list(pool.workers) == ["a"]               # the others left when nobody used them
+    load(pool, "b")
+    assert list(pool.workers) == ["b"]
+    with pytest.raises(ApiError):
+        load(pool, "d")
+    pool.close()
+
+
+def test_a_loading_model_keeps_nobody_waiting_and_loads_once(loaders):
+    begun, go_on, loads = threading.Event(), threading.Event(), []
+
+    def slow():
+        loads.append(1)
+        begun.set()
+        assert go_on.wait(30)
+        return loaders["a"]()
+
+    pool, got = ModelPool(loaders | {"slow": slow}), []
+    threads = [threading.Thread(target=lambda: got.append(load(pool, "slow"))) for _ in range(3)]
+    for t in threads:
+        t.start()
+    assert begun.wait(10)
+    other = threading.Thread(target=lambda: got.append(load(pool, "b")))
+    other.start()
+    other.join(10)
+    assert len(got) == 1                             # "b" is here, "slow" is not
+    go_on.set()
+    for t in threads:
+        t.join(10)
+    assert len(loads) == 1 and len(got) == 4 and len({id(w) for w in got}) == 2
+    pool.close()
+
+
+def test_a_model_that_does_not_load_can_be_asked_for_again(loaders):
+    def broken():
+        raise OSError("no such file")
+
+    pool = ModelPool(loaders | {"broken": broken})
+    for _ in range(2):
+        with pytest.raises(OSError):
+            load(pool, "broken")
+    load(pool, "a")
+    assert list(pool.workers) == ["a"]
+    pool.close()
+
+
+def test_every_request_lets_its_model_go(loaders):
+    app = create_app(loaders, limits=Limits(choices=2))
+    client, pool = TestClient(app, raise_server_exceptions=False), app.state.pool
+    ask = {"model": "a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    for change, status in [({}, 200), ({"stream": True}, 200), ({"n": 3}, 400), ({"logprobs": True}, 400),
+                           ({"stream": True, "n": 3}, 400), ({"messages": [{"role": "assistant", "content": "x"}]}, 400),
+                           ({"model": "x"}, 404)]:
+        assert client.post("/v1/chat/completions", json=ask | change).status_code == status
+        assert not any(pool._users.values()), change
+    pool.close()
