@@ -33,12 +33,12 @@ from .runtime import Runtime, UserError, file_hash, nearest, write_atomic, write
 
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
-           'check_files', 'check_sizes', 'check_names', 'stage_parameters', 'content_hash', 'step_key', 'product_files',
-           'marker_path', 'read_marker', 'damage', 'identity', 'git_sha', 'upstream', 'status', 'set_aside', 'begin',
-           'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports',
-           'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage',
-           'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises',
-           'refresh', 'arguments', 'main', 'command_line']
+           'check_files', 'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding',
+           'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'git_sha', 'upstream',
+           'status', 'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
+           'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee',
+           'keep_earlier', 'run_notebook', 'run_stage', 'run_processes', 'only_one', 'run_path', 'launch',
+           'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _check_value(stage: str, name: str, value):
 
 
 def check_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
-    """`overrides` with every value in its parameter's type. Raises UserError for a stage, a parameter or a type that is wrong."""
+    """`overrides` with every value in its parameter's type. Raises UserError for a stage, a parameter or a
+    type that is wrong."""
     checked = {}
     for stage, values in overrides.items():
         if stage not in STAGES:
@@ -181,11 +182,14 @@ def override(overrides: dict[str, dict], *, settings: Sequence[str] = (), **ever
 def check_files(overrides: dict[str, dict]) -> None:
     """Raise UserError for own text that is empty, binary or not UTF-8, and for a line that is no conversation."""
     from nanochat_nb.corpus import HUB_CORPORA, open_text, read_conversations
+    from nanochat_nb.tasks import EMBEDDED, REAL
     texts = {tuple(values["text"]) for values in overrides.values() if values.get("text")}
     for text in texts:
         if own := [name for name in text if name != "world" and name not in HUB_CORPORA]:
             open_text(own)
-    for path in {path for values in overrides.values() for path in values.get("conversations", ())}:
+    paths = {path for values in overrides.values() for path in values.get("conversations", ())}
+    mixed = {name for name in overrides.get("sft", {}).get("mixture") or () if name not in (*EMBEDDED, *REAL)}
+    for path in paths | mixed:
         for _ in read_conversations(path):
             pass
 
@@ -198,7 +202,8 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     base = stage_parameters(STEPS["base"], overrides)
     if base["depth"] < 1:
         raise UserError(f"depth must be at least 1, not {base['depth']}")
-    config = GPTConfig.from_depth(base["depth"], vocab_size=stage_parameters(STEPS["tokenizer"], overrides)["vocab_size"],
+    vocab_size = stage_parameters(STEPS["tokenizer"], overrides)["vocab_size"]
+    config = GPTConfig.from_depth(base["depth"], vocab_size=vocab_size,
                                   **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
     plan = plan_base(config, **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
@@ -213,7 +218,8 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
 
 
 def check_names(overrides: dict[str, dict]) -> None:
-    """Raise UserError for a task that no stage knows and for a data folder that is not there."""
+    """Raise UserError for a task that no stage knows, for a data folder that is not there, and for a public data
+    set to train on that `data` cannot provide."""
     from nanochat_nb.tasks import EMBEDDED, REAL
     known = [*EMBEDDED, *REAL]
     for stage, name in (("sft", "mixture"), ("rl", "tasks"), ("eval", "tasks")):
@@ -224,6 +230,23 @@ def check_names(overrides: dict[str, dict]) -> None:
         data = values.get("data", "")
         if data not in ("", "huggingface") and not Path(data).is_dir():
             raise UserError(f"{stage}.data: there is no folder {data}; name one, or \"huggingface\"")
+    for stage, name in (("sft", "mixture"), ("rl", "tasks")):
+        values = stage_parameters(STEPS[stage], overrides)
+        weights = values[name] if stage == "sft" else dict.fromkeys(values[name], 1.0)
+        for task in (task for task, weight in weights.items() if weight and task in REAL):
+            check_source(stage, task, values["data"])
+
+
+def check_source(stage: str, task: str, data: str) -> None:
+    """Raise UserError when `data` cannot provide the public data set `task`. Downloads nothing."""
+    from nanochat_nb.corpus import HUB_ROWS
+    from nanochat_nb.tasks import DataMissing, open_task
+    if data == "huggingface" and task in HUB_ROWS:
+        return                                               # downloaded when its turn comes
+    try:
+        open_task(task, "train", data=data, limit=1)
+    except DataMissing as error:
+        raise UserError(f"{error}; set {stage}.data to the folder that has it, or to \"huggingface\"") from error
 
 
 def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
@@ -254,9 +277,21 @@ def _with_contents(value):
     return [Path(value).name, content_hash(value)] if _is_path(value) else value
 
 
+def deciding(stage: str, parameters: dict) -> dict:
+    """`parameters` without those that change no result of `stage`: what divides the work, watches or saves.
+
+    `documents` counts here: a checkpoint knows its text by its hash, but the key is made before there is one.
+    """
+    from nanochat_nb.pretraining import UNIMPORTANT
+    idle = {"batch_rows", "batch_tokens", "device"} if stage == "eval" else UNIMPORTANT - {"documents", "dtype"}
+    return {k: v for k, v in parameters.items() if k not in idle}
+
+
 def step_key(name: str, parameters: dict, upstream: dict[str, str]) -> str:
-    """The key of a step: it changes with a parameter, with a byte of a file that is read, or with an earlier step."""
-    facts = {"step": name, "parameters": _with_contents(parameters), "upstream": upstream}
+    """The key of a step: it changes with a parameter that decides the result, with a byte of a file that is read,
+    or with an earlier step."""
+    decided = _with_contents(deciding(STEPS[name].stage, parameters))
+    facts = {"step": name, "parameters": decided, "upstream": upstream}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/15_launch.ipynb #product-files
@@ -730,9 +765,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--run", help="name of the run; its folder is runs/NAME (default: the preset's name)")
     parser.add_argument("--preset", help="the preset, when the first argument is a step")
     parser.add_argument("--depth", type=int, help="layers of the model: the one dial of its size")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="train on your own .txt, .md, .jsonl, .parquet or folders")
-    parser.add_argument("--conversations", nargs="+", metavar="FILE", help="fine-tune on your own conversations (.jsonl)")
-    parser.add_argument("--data", metavar="FOLDER", help="benchmarks to evaluate on: CORE, MMLU, GSM8K, HumanEval")
+    parser.add_argument("--text", nargs="+", metavar="FILE",
+                        help="train on your own .txt, .md, .jsonl, .parquet or folders")
+    parser.add_argument("--conversations", nargs="+", metavar="FILE",
+                        help="fine-tune on your own conversations (.jsonl)")
+    parser.add_argument("--data", metavar="FOLDER",
+                        help="benchmarks to evaluate on: CORE, MMLU, GSM8K, HumanEval")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.PARAM=VALUE", dest="settings",
                         help="override one parameter of one stage")
     parser.add_argument("--processes", type=int, help="processes on this machine (default: one per GPU)")
@@ -762,8 +800,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent()
         run = run_path(args.run or "laptop")
         overrides = load_preset(args.preset or run / "preset.yaml")
-        run_stage(args.what, run, check_overrides(overrides) if int(os.environ.get("RANK", 0)) == 0 else overrides, sys.stdout)
-        return
+        if int(os.environ.get("RANK", 0)) == 0:
+            overrides = check_overrides(overrides)
+        return run_stage(args.what, run, overrides, sys.stdout)
     check_exports()
     data = (_existing([args.data], "--data") or [None])[0] if args.data else None
     settings = ([f"eval.data={json.dumps(data)}"] if data else []) + args.settings

@@ -157,6 +157,56 @@ def test_another_parameter_runs_that_stage_and_those_after_it(finished, tmp_path
     assert status(finished, step, key).startswith("new")
 
 
+IDLE = {"base": {"micro_batch_rows": 2, "save_every": 7, "eval_every": 9, "keep": 5, "device": "cpu", "compile": False},
+        "sft": {"micro_batch_rows": 2}, "rl": {"micro_batch_rows": 2}, "eval": {"batch_rows": 4, "batch_tokens": 1024}}
+
+
+def test_parameters_that_change_no_result_repeat_nothing(finished):
+    """Another micro-batch, device or saving interval leaves finished steps finished; others do not."""
+    from nanochat_nb.launch import STEPS, check_overrides, load_preset, stage_parameters, status, step_key, upstream
+    preset = load_preset(MINIATURE)
+
+    def states(extra: dict) -> dict[str, str]:
+        merged = check_overrides({stage: values | extra.get(stage, {}) for stage, values in preset.items()})
+        return {name: status(finished, step, step_key(name, stage_parameters(step, merged), upstream(finished, step)))
+                for name, step in STEPS.items()}
+
+    assert set(states(IDLE).values()) == {"finished"}
+    for stage, values in {"base": {"documents": 999}, "eval": {"max_per_task": 3}, "sft": {"lr_fraction": 0.7}}.items():
+        assert {name for name, state in states({stage: values}).items() if state != "finished"} == {
+            name for name, step in STEPS.items() if step.stage == stage}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_after_running_out_of_memory_smaller_micro_batches_resume(tmp_path):
+    """The advice of the error message: lower micro_batch_rows, run the same command again."""
+    run = tmp_path / "memory"
+    kill_during(run, "base", 12, "--until", "base")
+    done = run_all(MINIATURE, "--run", run, "--until", "base", "--set", "base.micro_batch_rows=1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "base: resume, it was interrupted" in done.stdout and "base: resumed at step" in done.stdout
+    assert not (run / "earlier").exists() and not (run / "base.old").exists()
+    summary = json.loads((run / "base" / "summary.json").read_text())
+    assert summary["parameters"]["micro_batch_rows"] == 1, "the new value was used"
+
+
+def test_a_data_set_without_a_source_is_refused(tmp_path):
+    """Before the first stage: public data sets to train on that the given data cannot provide."""
+    from nanochat_nb.launch import check_files, check_names, load_preset
+    from nanochat_nb.runtime import UserError
+    data = str(tmp_path)
+    with pytest.raises(UserError, match="gsm8k.*nothing for split 'train'.*rl.data"):
+        check_names({"rl": {"tasks": ["gsm8k"], "data": data}})
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1+1?", "answer": "<<1+1=2>>2\\n#### 2"}\n')
+    check_names({"rl": {"tasks": ["gsm8k"], "data": data}})
+    for preset in ("laptop", "gpu", "speedrun"):
+        check_names(load_preset(preset))
+    (tmp_path / "own.jsonl").write_text("no conversation\n")
+    with pytest.raises(UserError, match="own.jsonl"):
+        check_files({"sft": {"mixture": {str(tmp_path / "own.jsonl"): 1.0}}})
+
+
 BAD = [
     (["laptp"], "did you mean 'laptop'"),
     (["laptop", "--set", "bas.depth=2"], "did you mean 'base'"),
@@ -166,6 +216,7 @@ BAD = [
     (["laptop", "--set", "sft.total_batch_tokens=4100"], "no multiple of base.sequence_len 256"),
     (["laptop", "--set", "sft.mixture={facts: 1}"], "did you mean 'fact'"),
     (["laptop", "--set", "rl.tasks=[word_problm]"], "did you mean 'word_problem'"),
+    (["laptop", "--set", "sft.mixture={gsm8k: 1}"], "set sft.data"),
     (["laptop", "--set", "eval.data=nowhere"], "no folder nowhere"),
     (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["laptop", "--run", "a b"], "letters, digits"),
