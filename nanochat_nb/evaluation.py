@@ -8,8 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import random
 import re
+import tempfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .corpus import data_folder, fetch_file
 from .execution import isolation
 from .inference import Engine
 from .model import GPT, GPTConfig, KVCache, head_logits
@@ -28,15 +33,15 @@ from .tasks import DataMissing, EMBEDDED, REAL, Task, open_task, text_of
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['CORE_SIZE', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits_per_byte', 'document_rows', 'padded',
-           'by_length', 'text_bits_per_byte', 'standard_error', 'pass_at_k', 'center', 'core_metric', 'CoreTask',
-           'read_core', 'core_rows', 'few_shot', 'core_prompts', 'Question', 'common_prefix', 'core_question', 'crop',
-           'span_scores', 'score_plain', 'score_shared', 'branch', 'halving', 'score_questions', 'right',
-           'evaluate_core_task', 'evaluate_core', 'pick_letters', 'write_answers', 'answer_text', 'reference',
-           'constant_score', 'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore',
-           'open_checkpoint', 'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram',
-           'open_tasks', 'write_records', 'score_line', 'examine_base', 'examine_chat', 'score_metrics', 'run_eval',
-           'check_request', 'Stopwatch', 'finish_eval']
+__all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits_per_byte',
+           'document_rows', 'padded', 'by_length', 'text_bits_per_byte', 'standard_error', 'pass_at_k', 'center',
+           'core_metric', 'CoreTask', 'read_core', 'unpack_core', 'find_core', 'core_rows', 'few_shot', 'core_prompts',
+           'Question', 'common_prefix', 'core_question', 'crop', 'span_scores', 'score_plain', 'score_shared', 'branch',
+           'halving', 'score_questions', 'right', 'evaluate_core_task', 'evaluate_core', 'pick_letters',
+           'write_answers', 'answer_text', 'reference', 'constant_score', 'ngram_answers', 'transcript', 'by_topic',
+           'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint', 'summary_of', 'open_texts', 'held_out',
+           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'examine_base',
+           'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -48,11 +53,17 @@ class NGram:
 
     def fit(self, documents: Iterable[Sequence[int]]) -> NGram:
         """Count all n-grams of `documents`; returns self."""
-        for ids in documents:
-            for n, table in enumerate(self.counts):
-                for i in range(n, len(ids)):
-                    table.setdefault(tuple(ids[i - n:i]), Counter())[ids[i]] += 1
+        documents = list(documents)
+        for n, table in enumerate(self.counts):
+            grams = Counter(g for ids in documents for g in zip(*(ids[i:] for i in range(n + 1))))
+            for gram, count in grams.items():
+                table.setdefault(gram[:-1], Counter())[gram[-1]] += count
         return self
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return sum(seen.total() for seen in self.counts[0].values())
 
     def probability(self, context: Sequence[int], token: int) -> float:
         """p(token | context), above 0 for every token of the vocabulary."""
@@ -194,6 +205,50 @@ def read_core(folder: str | Path) -> tuple[list[CoreTask], dict[str, float]]:
     return [CoreTask(t["label"], t["icl_task_type"], t["dataset_uri"], t["num_fewshot"][0],
                      t.get("continuation_delimiter", " ")) for t in listed], chance
 
+# %% ../nbs/10_evaluation.ipynb #core-bundle
+CORE_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+
+
+def unpack_core(archive: Path, folder: Path) -> None:
+    """Unpack the evaluation bundle to `folder`, whole or not at all, and delete the archive.
+
+    Raises UserError when the archive is damaged or is no bundle; it is deleted then, too.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(beside)
+            read_core(Path(beside) / "eval_bundle")
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{archive.name} is damaged ({error}) and was deleted") from error
+        finally:
+            archive.unlink()
+        try:
+            os.rename(Path(beside) / "eval_bundle", folder)
+        except OSError:
+            if not (folder / "core.yaml").exists():           # else another process was faster
+                raise
+
+# %% ../nbs/10_evaluation.ipynb #find-core
+def find_core(data: str, wanted: bool) -> tuple[str, str]:
+    """The folder of the CORE tasks, or "" and the reason why there is none.
+
+    When `data` is "huggingface" the bundle is downloaded first, unless it is there.
+    """
+    if not wanted or not data:
+        return "", "no data folder given" if wanted else "switched off"
+    if data != "huggingface":
+        folder = Path(data) / "core"
+        there = (folder / "core.yaml").exists()
+        return (str(folder), "") if there else ("", "no core/core.yaml in the data folder")
+    folder = data_folder() / "core"
+    try:
+        if not (folder / "core.yaml").exists():
+            unpack_core(fetch_file(CORE_BUNDLE, data_folder() / "eval_bundle.zip"), folder)
+    except (UserError, OSError) as error:
+        return "", f"{error}; to try again, delete eval/base.json of the run and run the same command"
+    return str(folder), ""
+
 # %% ../nbs/10_evaluation.ipynb #core-rows
 def core_rows(path: Path, max_per_task: int | None) -> list[dict]:
     """A task's rows in the order every implementation uses (shuffled by 1337), at most `max_per_task`."""
@@ -320,9 +375,10 @@ def branch(cache: KVCache, owner: Sequence[int], room: int) -> KVCache:
     """A cache whose row b continues row `owner[b]` of `cache`, with space for `room` more tokens."""
     out = object.__new__(KVCache)
     rows = torch.tensor(owner, device=cache.store.device)
-    old = cache.store[:, :, :, :cache.filled]
-    empty = old.new_zeros(*old.shape[:2], len(owner), room + 1, *old.shape[4:])
-    out.store = torch.cat([old[:, :, rows], empty], dim=3)
+    layers, both, _, _, *head = cache.store.shape
+    out.store = cache.store.new_zeros(layers, both, len(owner), cache.filled + room + 1, *head)
+    for b, o in enumerate(owner):                             # row by row: no second copy in memory
+        out.store[:, :, b, :cache.filled] = cache.store[:, :, o, :cache.filled]
     out.positions, out.lengths, out.filled = cache.positions[rows], None, cache.filled
     out.previous_embedding = cache.previous_embedding[rows]
     out.max_len = cache.filled + room
@@ -342,13 +398,18 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
     return halving(work, items[:middle]) + halving(work, items[middle:])
 
 # %% ../nbs/10_evaluation.ipynb #score-questions
+CACHE_BYTES = 2**32            # keys and values of the questions scored together take at most about this
+
+
 def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: int = 8192,
                     share: bool = True) -> list[list[tuple[float, bool]]]:
     """(mean loss, all greedy) of every option of every question, batched by length."""
     scores: list[list] = [[None] * len(q.options) for q in questions]
     together = [i for i, q in enumerate(questions) if share and len(q.options) > 1 and q.shared >= 16]
     cost = [sum(map(len, questions[i].options)) for i in together]      # the cache holds every option in full
-    for group in by_length(cost, 4 * batch_tokens):
+    c = model.config
+    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize      # bytes in the cache
+    for group in by_length(cost, min(4 * batch_tokens, CACHE_BYTES // token)):
         picked = [together[g] for g in group]
         for i, result in zip(picked, halving(lambda part: score_shared(model, part), [questions[i] for i in picked])):
             scores[i] = result
@@ -471,11 +532,16 @@ def reference(conversation: dict) -> str:
 
 
 def constant_score(task: Task, rows: Sequence[dict]) -> float:
-    """The accuracy of the best single answer given to every row. Programs are not tried: 0."""
+    """The accuracy of the best of some single answers, each given to every row.
+
+    Tried: the five most frequent short answers, and up to a hundred different reference replies. Programs are
+    not tried: 0.
+    """
     if any("tests" in row for row in rows):
         return 0.0
     counts = Counter(str(row.get("answer") or reference(row).split("\n")[-1]) for row in rows)
     tries = [a if task.kind == "choice" else f"{a}\n#### {a.removeprefix('#### ')}" for a, _ in counts.most_common(5)]
+    tries += list(dict.fromkeys(map(reference, rows)))[:100]
     return max((sum(task.evaluate(row, t) for row in rows) / len(rows) for t in tries), default=0.0)
 
 # %% ../nbs/10_evaluation.ipynb #ngram-answers
@@ -524,8 +590,8 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     """Score `task`: accuracy, standard error, baselines, and a record of every row.
 
     Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n, chance, constant,
-    ngram (None without a model), topics, kind, source, tokens, records (index, topic, prompt, completion, reference,
-    correct).
+    ngram (None without a model), ngram_tokens (what that one has read), topics, kind, source, tokens, records (index,
+    topic, prompt, completion, reference, correct).
     """
     rt = rt or Runtime(model.device, model.dtype)
     mine = list(range(rt.rank, len(task), rt.world_size))
@@ -548,8 +614,9 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     return {"accuracy": accuracy, "stderr": standard_error(accuracy, len(records)), "n": len(records),
             "topics": by_topic(records), "chance": task.chance,
             "constant": constant_score(task, [task[i] for i in range(len(task))]),
-            "ngram": sum(part[2] for part in parts) / len(records) if ngram else None, "kind": task.kind,
-            "source": task.source, "tokens": sum(part[1] for part in parts), "records": records}
+            "ngram": sum(part[2] for part in parts) / len(records) if ngram else None,
+            "ngram_tokens": ngram.tokens if ngram else 0, "kind": task.kind, "source": task.source,
+            "tokens": sum(part[1] for part in parts), "records": records}
 
 # %% ../nbs/10_evaluation.ipynb #chatcore
 CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
@@ -627,7 +694,7 @@ def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
 
 # %% ../nbs/10_evaluation.ipynb #fit-ngram
 def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | None:
-    """The n-gram baseline, counted on `tokens` tokens: half training text, half training conversations."""
+    """The n-gram baseline, counted on about `tokens` tokens: half training text, half training conversations."""
     from nanochat_nb.corpus import conversations
     if not tokens:
         return None
@@ -638,7 +705,8 @@ def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | N
             budget -= len(ids)
             yield ids
     bos = "<|bos|>"
-    talk = zip(*(conversations(kind, "train", limit=400, seed=seed) for kind in EMBEDDED))
+    each = max(20, tokens // 800)                             # conversations of a kind: more than enough
+    talk = zip(*(conversations(kind, "train", limit=each, seed=seed) for kind in EMBEDDED))
     chats = (tokenizer.render_conversation(c)[0] for turn in talk for c in turn)
     text = (tokenizer.encode(d.text, prepend=bos) for d in source.documents("train"))
     return NGram(tokenizer.vocab_size).fit(some(text, tokens / 2)).fit(some(chats, tokens / 2))
@@ -680,9 +748,7 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p:
     """CORE, when its files are there, and continuations. `p`: the stage's parameters."""
     out = {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0,
            "samples": continuations(model, tokenizer, texts, p["max_new_tokens"])}
-    bundle = Path(p["data"]) / "core"
-    reason = ("switched off" if not p["core"] else "no data folder given" if not p["data"] else
-              "" if (bundle / "core.yaml").exists() else "no core/core.yaml in the data folder")
+    bundle, reason = rt.broadcast(find_core(p["data"], p["core"]) if rt.is_main else None)
     if reason:
         return out | {"skipped": {"core": reason}}
     result = evaluate_core(model, tokenizer, bundle, max_per_task=p["core_max_per_task"] or None,
@@ -726,7 +792,7 @@ def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
 def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64,
              data: str = "", tasks: list[str] = [], max_per_task: int = 8, core: bool = True,
              core_max_per_task: int = 0, max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192,
-             ngram_tokens: int = 50_000, device: str = "", dtype: str = "", seed: int = 0) -> dict:
+             ngram_tokens: int = 500_000, device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Examine the checkpoint `checkpoint` of `run`; write eval/CHECKPOINT.json and a record of every answer.
 
     The parameters are explained in the notebook's parameters cell. Returns what the file holds: metrics, tasks,
@@ -784,6 +850,8 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
         print(f"held-out text: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
+        if read := max((r.get("ngram_tokens", 0) for r in result["tasks"].values()), default=0):
+            print(f"(constant: the best of the answers tried; ngram: counted on {read:,} tokens)")
         for name in ("core", "core_partial", "chatcore", "chatcore_embedded"):
             if result["metrics"].get(name) is not None:
                 print(f"{name:30} {result['metrics'][name]:7.4f}")
