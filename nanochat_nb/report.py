@@ -19,20 +19,23 @@ from pathlib import Path
 import torch
 
 import nanochat_nb
-from .evaluation import center
-from .runtime import MetricsLog, Runtime, UserError, run_folder, start_runtime, write_atomic, write_json
+from .evaluation import CHATCORE, center
+from .runtime import (MetricsLog, Runtime, UserError, run_folder, start_runtime, write_atomic,
+                                 write_json)
+from .tasks import EMBEDDED, REAL
 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
-           'NANOCHAT_SOURCE', 'NANOCHAT', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP',
-           'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name',
-           'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'percent', 'task_names', 'task_rows',
-           'topic_rows', 'loud', 'core_table', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
-           'sample_parts', 'quoted', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin',
-           'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars',
-           'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
-           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
-           'page', 'miniature', 'run_report', 'main']
+           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
+           'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name',
+           'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'title', 'percent', 'task_names',
+           'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'core_line', 'markdown', 'tokenizers',
+           'readable', 'compression_part', 'sample_parts', 'quoted', 'headline_errors', 'clear_winner',
+           'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line',
+           'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table',
+           'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section', 'topics_html',
+           'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report',
+           'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -197,6 +200,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 # %% ../nbs/14_report.ipynb #percent
+TITLES = {"fact": "facts never asked about", "choice": "multiple choice, letter only",
+          "choice_aloud": "multiple choice, answer said first", "letters": "spelling and counting letters",
+          "word_problem": "word problems", "code": "small programs", "identity": "who it is",
+          "small_talk": "small talk", "memory": "remembering what the user said",
+          "unknown": "saying that it does not know"} | {name: real.title for name, real in REAL.items()}
+
+
+def title(name: str) -> str:
+    """A task's name for reading; what is no task keeps its name."""
+    return TITLES.get(name, name)
+
+
 def percent(value: float | None) -> str:
     """A share as a percentage, "–" for none."""
     return "–" if value is None else f"{100 * value:.1f}"
@@ -214,8 +229,16 @@ def task_rows(report: dict) -> list[list[str]]:
         cells = [report["tasks"].get(stage, {}).get(name) for stage in ("sft", "rl")]
         scores = [f"{percent(c['accuracy'])} ± {percent(c['stderr'])}" if c else "–" for c in cells]
         one = next(c for c in cells if c)
-        rows.append([name, *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
+        rows.append([title(name), *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
     return rows
+
+
+def baseline_note(report: dict) -> str:
+    """What the baselines of the chat tasks are."""
+    tasks = [r for stage in ("sft", "rl") for r in report["tasks"].get(stage, {}).values()]
+    read = max((r.get("ngram_tokens", 0) for r in tasks), default=0)
+    ngram = f" The n-gram model has counted {number(read)} tokens." if read else ""
+    return f"The constant is the best of the answers tried, given to every question alike.{ngram}"
 
 # %% ../nbs/14_report.ipynb #topic-rows
 def topic_rows(report: dict) -> list[list[str]]:
@@ -225,7 +248,7 @@ def topic_rows(report: dict) -> list[list[str]]:
         found = [report["tasks"].get(stage, {}).get(name, {}).get("topics", {}) for stage in ("sft", "rl")]
         topics = list(dict.fromkeys(t for f in found for t in f))
         if len(topics) <= 8:
-            rows += [[f"{name}: {t}", *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
+            rows += [[f"{title(name)}: {t}", *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
                       str(next(f[t]["n"] for f in found if t in f))] for t in topics]
     return rows
 
@@ -275,7 +298,7 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
     if report["tasks"].get("base"):
         parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"], core_table(report)))
     scores = table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
-    parts += ["## Chat tasks", scores if task_names(report) else "No chat task was scored."]
+    parts += ["## Chat tasks", *([scores, baseline_note(report)] if task_names(report) else ["No chat task was scored."])]
     parts += [table(["topic", "sft %", "rl %", "n"], topics)] if topics else []
     parts += [*compression_part(report), "## Samples", *sample_parts(report)]
     if others:
@@ -316,7 +339,8 @@ def sample_parts(report: dict, most: int = 8) -> list[str]:
     out = [f"The first question of each task, answered by `{stage}`; chosen by that rule, not by taste."]
     for s in report["samples"][stage][:most]:
         verdict = "" if "correct" not in s else " (right)" if s["correct"] else " (wrong)"
-        out.append(f"**{s['task']}**{verdict}\n\n{quoted(s['prompt'])}\n\nanswered\n\n{quoted(readable(s['completion']))}")
+        asked, answer = quoted(s["prompt"]), quoted(readable(s["completion"]))
+        out.append(f"**{title(s['task'])}**{verdict}\n\n{asked}\n\nanswered\n\n{answer}")
     return out
 
 
@@ -328,16 +352,42 @@ def quoted(text: str, most: int = 400) -> str:
 SMALL_IS_GOOD = ("val_bpb", "minutes")
 
 
+def headline_errors(report: dict) -> dict[str, float]:
+    """Standard errors of those headline numbers that have one: tasks, and the means over them."""
+    stages = report.get("tasks", {})
+    last = next((stages[s] for s in ("rl", "sft") if stages.get(s)), {})
+    out = {task: r.get("stderr", 0.0) for task, r in last.items()}
+    def mean(errors: Sequence[float]) -> float:
+        return math.hypot(*errors) / len(errors)
+    for key, names in (("chatcore", CHATCORE), ("chatcore_embedded", EMBEDDED)):
+        if all(name in last for name in names):
+            out[key] = mean([out[name] / (1 - last[name].get("chance", 0.0)) for name in names])
+    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]     # at 1 the error is 0
+    if core:
+        errors = [r["stderr"] * (1 - r["centered"]) / (1 - r["accuracy"]) for r in core]
+        out["core"] = out["core_partial"] = math.hypot(*errors) / len(stages["base"])
+    return out
+
+
+def clear_winner(values: Sequence[float | None], errors: Sequence[float], small_is_good: bool) -> int | None:
+    """Which value is better than each other one by more than two standard errors of the difference; None if none is."""
+    sign = -1 if small_is_good else 1
+    there = [i for i, v in enumerate(values) if v is not None]
+    best = max(there, key=lambda i: sign * values[i])
+    ahead = all(sign * (values[best] - values[i]) > 2 * math.hypot(errors[best], errors[i]) for i in there if i != best)
+    return best if ahead and len(there) > 1 else None
+
+
 def compare_reports(reports: dict[str, dict]) -> str:
-    """A Markdown table of the runs' headline numbers, the best of each row marked with `*`."""
+    """A Markdown table of the runs' headline numbers; a number that is clearly the best of its row gets a `*`."""
     heads = {name: headline(report) for name, report in reports.items()}
+    doubts = [headline_errors(report) for report in reports.values()]
     rows = []
     for key in dict.fromkeys(k for head in heads.values() for k in head):
         values = [head.get(key) for head in heads.values()]
-        present = [v for v in values if v is not None]
-        best = (min if key in SMALL_IS_GOOD else max)(present)
-        marks = ["*" if v == best and len(set(present)) > 1 else "" for v in values]
-        rows.append([key, *(("–" if v is None else f"{v:.3f}" if key != "minutes" else f"{v:.1f}") + m for v, m in zip(values, marks))])
+        best = clear_winner(values, [d.get(key, 0.0) for d in doubts], key in SMALL_IS_GOOD)
+        words = ["–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values]
+        rows.append([title(key), *(w + "*" * (i == best) for i, w in enumerate(words))])
     return table(["", *heads], rows)
 
 
@@ -439,8 +489,8 @@ def mark(kind: str, value: float | None) -> str:
 def bar(label: str, colour: int, score: dict) -> str:
     """One bar: label, track with score, error and marks, and the number in words."""
     a, se = score["accuracy"], score.get("stderr") or 0.0
-    low, high = max(0.0, a - se), min(1.0, a + se)
-    track = [tag("b", cls=f"b{colour}", style=f"width:{100 * a:.1f}%"),
+    low, high = (min(1.0, max(0.0, v)) for v in (a - se, a + se))
+    track = [tag("b", cls=f"b{colour}", style=f"width:{100 * min(1.0, max(0.0, a)):.1f}%"),
              tag("em", style=f"left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%")]
     track += [mark(kind, score.get(kind) or None) for kind in ("chance", "constant", "ngram")]
     words = f"{percent(a)} ± {percent(se)}" if se else percent(a)
@@ -448,8 +498,8 @@ def bar(label: str, colour: int, score: dict) -> str:
                tag("span", words), cls="bar")
 
 # %% ../nbs/14_report.ipynb #last-score
-LEGEND = (("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"), ("key constant", "best constant answer"),
-          ("key ngram", "n-gram model"), ("key chance", "chance"))
+LEGEND = (("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"),
+          ("key constant", "best constant answer tried"), ("key ngram", "n-gram model"), ("key chance", "chance"))
 
 
 def last_score(report: dict, name: str) -> dict | None:
@@ -466,7 +516,7 @@ def one_task(report: dict, others: dict[str, dict], name: str) -> str:
         score = last_score(theirs, name)
         bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
     bars += [bar(label, 4, {"accuracy": v[name]}) for label, v in NANOCHAT.items() if name in v]
-    return tag("div", tag("h3", html.escape(name)), *bars, cls="task")
+    return tag("div", tag("h3", html.escape(title(name))), *bars, cls="task")
 
 
 def task_bars(report: dict, others: dict[str, dict]) -> str:
@@ -474,7 +524,8 @@ def task_bars(report: dict, others: dict[str, dict]) -> str:
     names = task_names(report)
     if not names:
         return tag("p", "No chat task was scored.")
-    return legend(LEGEND) + tag("div", *(one_task(report, others, name) for name in names), cls="tasks")
+    bars = tag("div", *(one_task(report, others, name) for name in names), cls="tasks")
+    return legend(LEGEND) + bars + tag("p", html.escape(baseline_note(report)), cls="soft")
 
 # %% ../nbs/14_report.ipynb #curves
 def curves(folder: Path) -> str:
@@ -503,8 +554,8 @@ def bubble(sample: dict) -> str:
     """One question and its answer."""
     verdict = "" if "correct" not in sample else " ✓" if sample["correct"] else " ✗"
     answer = html.escape(readable(sample["completion"])[:600]) or "…"
-    return tag("div", tag("h3", html.escape(sample["task"]), verdict), tag("p", html.escape(sample["prompt"][:600]), cls="user"),
-               tag("p", answer, cls="model"), cls="chat")
+    return tag("div", tag("h3", html.escape(title(sample["task"])), verdict),
+               tag("p", html.escape(sample["prompt"][:600]), cls="user"), tag("p", answer, cls="model"), cls="chat")
 
 
 def conversations_html(report: dict) -> str:
@@ -531,7 +582,7 @@ def cards(report: dict) -> str:
         core = (f"({head['core_partial']:.3f})", f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
     shown = [(number(head.get("val_bpb")), "bits per byte, held-out text"), core,
              (number(head.get("chatcore_embedded", head.get("chatcore"))),
-              f"chat tasks after {last}, centered mean" if last else "chat tasks"),
+              f"chat tasks after {last}: mean, 0 is guessing, 1 all right" if last else "chat tasks"),
              (number(sum(s["tokens"] for s in stages)), "tokens trained on"),
              (number(sum(s["flops"] for s in stages)), "floating-point operations"),
              (duration(spent["seconds"]), "in all"), (energy(spent["energy_kwh"]), "energy, estimated"),
@@ -585,7 +636,7 @@ def leaderboard(report: dict, others: dict[str, dict]) -> str:
     heads = {name: headline(r) for name, r in ({report["run"]: report} | others).items()}
     keys = list(dict.fromkeys(k for head in heads.values() for k in head))
     rows = [[name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)] for name, head in heads.items()]
-    return html_table(["run", *keys], rows) if others else tag("p", "There are none yet.")
+    return html_table(["run", *map(title, keys)], rows) if others else tag("p", "There are none yet.")
 
 
 def sources() -> str:
