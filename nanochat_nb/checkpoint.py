@@ -27,7 +27,7 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['SAFETENSORS_NAMES', 'NANOCHAT_NAMES', 'OCTOBER_2025', 'safetensors_header', 'write_safetensors', 'meta_hash',
-           'write_checkpoint', 'sync_folder', 'list_checkpoints', 'save_checkpoint', 'what_is_wrong',
+           'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'save_checkpoint', 'what_is_wrong',
            'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model', 'our_name',
            'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
            'import_nanochat']
@@ -72,26 +72,33 @@ def meta_hash(meta: dict) -> str:
 
 # %% ../nbs/06_checkpoint.ipynb #write-checkpoint
 def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], meta: dict) -> None:
-    """Write a checkpoint folder beside `path`, then rename it to `path`, replacing what was there."""
+    """Write a checkpoint folder beside `path`, then rename it to `path`, replacing an older one."""
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    put_back(path, old, temporary)
     try:
         temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": write_safetensors(temporary / f"{name}.safetensors", state)
                  for name, state in tensors.items()}
-        meta = json.loads(json.dumps(meta | {"files": files, "weights": files["model.safetensors"]}))
+        meta = meta | {"files": files, "weights": files["model.safetensors"]}
+        meta = json.loads(json.dumps(meta))                # as it will be read: tuples become lists
         write_json(temporary / "meta.json", meta | {"sha256": meta_hash(meta)})
         if path.exists():
             path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}. Free some space or choose another "
-                        "folder; the checkpoints before it are untouched") from error
+        raise UserError(f"cannot write the checkpoint {path}: {error.strerror}. Free some space or "
+                        "choose another folder; the checkpoints before it are untouched") from error
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        put_back(path, old, temporary)
+
+
+def put_back(path: Path, old: Path, temporary: Path) -> None:
+    """Undo a replacement of `path` that was caught half-way, and remove what is left over."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 # %% ../nbs/06_checkpoint.ipynb #sync-folder
 def sync_folder(folder: Path) -> None:
@@ -104,31 +111,42 @@ def sync_folder(folder: Path) -> None:
 
 # %% ../nbs/06_checkpoint.ipynb #list-checkpoints
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoint folders of a stage, whole or damaged, oldest first."""
-    found = [p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """All checkpoint folders of a stage, whole or damaged, oldest first.
+
+    One that a kill caught while it was being replaced still lies there as `.step_….old`.
+    """
+    found = {p.name[6:-4]: p for p in Path(folder).glob(".step_*.old")}
+    found |= {p.name[5:]: p for p in Path(folder).glob("step_*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 # %% ../nbs/06_checkpoint.ipynb #save-checkpoint
-def save_checkpoint(folder: str | Path, step: int, *, model: GPT, optimizer: MuonAdamW | None = None,
-                    meta: dict | None = None, rt: Runtime | None = None, keep: int = 2) -> Path:
+def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
+                    optimizer: MuonAdamW | None = None, meta: dict | None = None,
+                    rt: Runtime | None = None, keep: int = 2) -> Path:
     """Save `folder`/step_00000100 atomically, then drop all but the newest `keep`.
 
     Every rank must call it; rank 0 writes. To `meta` (anything JSON) are added step, config, files
-    (sha256 of each) and weights (that of the model's file). Raises UserError on every rank when the disk is full; what was there before stays whole.
+    (sha256 of each) and weights (that of the model's file). What fails on rank 0 is raised on every
+    rank, a UserError when the disk is full; what was there before stays whole.
     """
     path = Path(folder) / f"step_{step:08d}"
-    tensors = {"model": model.state_dict()} | ({"optimizer": optimizer.full_state()} if optimizer else {})
-    error = None
+    tensors = {"model": model.state_dict()}
+    if optimizer:
+        tensors["optimizer"] = optimizer.full_state()
+    problem = None
     if rt is None or rt.is_main:
         try:
-            write_checkpoint(path, tensors, (meta or {}) | {"step": step, "config": asdict(model.config)})
+            facts = {"step": step, "config": asdict(model.config)}
+            write_checkpoint(path, tensors, (meta or {}) | facts)
             for old in list_checkpoints(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
-        except UserError as e:
-            error = str(e)
-    error = rt.broadcast(error) if rt else error
-    if error:
-        raise UserError(error)
+        except Exception as error:             # the other ranks wait for news, good or bad
+            problem = error
+    said = rt.broadcast(problem and str(problem)) if rt else None
+    if problem:
+        raise problem
+    if said:
+        raise UserError(f"rank 0 could not save: {said}")
     return path
 
 # %% ../nbs/06_checkpoint.ipynb #what-is-wrong

@@ -19,9 +19,68 @@ from .runtime import UserError, file_hash, progress, seed_of, write_atomic, writ
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['WINDOW_TOKENS', 'Shards', 'open_shards', 'write_shards', 'Buckets', 'cut_long', 'pack_rows', 'Plan', 'plan_window',
+__all__ = ['WINDOW_TOKENS', 'Buckets', 'cut_long', 'pack_rows', 'Shards', 'open_shards', 'write_shards', 'Plan', 'plan_window',
            'plans', 'fill_row', 'check_split', 'pretraining_batches', 'cut_conversation', 'PackedRows',
            'pack_conversations', 'packed_batches']
+
+# %% ../nbs/03_loader.ipynb #buckets
+class Buckets:
+    """Pieces by length, up to `room`. `total` is the sum of their lengths."""
+
+    def __init__(self, room: int):
+        self.lists: list[list] = [[] for _ in range(room + 1)]
+        self.filled = 0                                      # bit n: the list of length n is not empty
+        self.total = 0
+
+    def put(self, n: int, piece) -> None:
+        """Add a piece of length `n`."""
+        self.lists[n].append(piece)
+        self.filled |= 1 << n
+        self.total += n
+
+    def take(self, limit: int):
+        """Remove and return `(length, piece)` of a longest piece not longer than `limit`, or None."""
+        n = (self.filled & ((2 << limit) - 1)).bit_length() - 1
+        if n < 1:
+            return None
+        piece = self.lists[n].pop()
+        if not self.lists[n]:
+            self.filled ^= 1 << n
+        self.total -= n
+        return n, piece
+
+# %% ../nbs/03_loader.ipynb #cut-long
+def cut_long(documents: Iterable[int], lengths: Iterable[int],
+             room: int) -> Iterator[tuple[int, int, int]]:
+    """The documents as pieces `(document, begin, end)` of at most `room` tokens with their bos."""
+    for d, n in zip(documents, lengths):
+        for begin in range(1, max(n, 2), room - 1):
+            yield d, begin, min(begin + room - 1, n)
+
+# %% ../nbs/03_loader.ipynb #pack-rows
+def pack_rows(pieces: Iterable[tuple[int, int, int]], room: int) -> tuple[list[list], list]:
+    """Best-fit packing into rows of exactly `room` tokens; returns rows and the pieces left over.
+
+    A row begins with the longest piece and takes the longest that fits, again and again. When none
+    fits, the longest piece is split: its first part fills the row, its second goes back, behind a
+    bos of its own. Nothing is lost; what is left over is less than a row.
+    """
+    buckets, rows = Buckets(room), []
+    for d, begin, end in pieces:
+        buckets.put(1 + end - begin, (d, begin, end))
+    while buckets.total >= room:
+        row, left = [], room
+        while left:
+            n, piece = buckets.take(left) or (None, None)
+            if piece is None:
+                n, (d, begin, end) = left, buckets.take(room)[1]
+                middle = begin + left - 1
+                piece = (d, begin, middle)
+                buckets.put(1 + end - middle, (d, middle, end))
+            row.append(piece)
+            left -= n
+        rows.append(row)
+    return rows, [piece for group in buckets.lists for piece in group]
 
 # %% ../nbs/03_loader.ipynb #shards-2
 @dataclass
@@ -196,64 +255,6 @@ def write_shards(documents: Iterable, tokenizer: Tokenizer, folder: str | Path, 
         write_json(folder / "index.json", index | {"complete": True})
     return open_shards(folder)
 
-# %% ../nbs/03_loader.ipynb #buckets
-class Buckets:
-    """Pieces by length, up to `room`. `total` is the sum of their lengths."""
-
-    def __init__(self, room: int):
-        self.lists: list[list] = [[] for _ in range(room + 1)]
-        self.filled = 0                                      # bit n: the list of length n is not empty
-        self.total = 0
-
-    def put(self, n: int, piece) -> None:
-        """Add a piece of length `n`."""
-        self.lists[n].append(piece)
-        self.filled |= 1 << n
-        self.total += n
-
-    def take(self, limit: int):
-        """Remove and return `(length, piece)` of a longest piece not longer than `limit`, or None."""
-        n = (self.filled & ((2 << limit) - 1)).bit_length() - 1
-        if n < 1:
-            return None
-        piece = self.lists[n].pop()
-        if not self.lists[n]:
-            self.filled ^= 1 << n
-        self.total -= n
-        return n, piece
-
-# %% ../nbs/03_loader.ipynb #cut-long
-def cut_long(documents: Iterable[int], lengths: Iterable[int], room: int) -> Iterator[tuple[int, int, int]]:
-    """The documents as pieces `(document, begin, end)` of at most `room` tokens, their bos included."""
-    for d, n in zip(documents, lengths):
-        for begin in range(1, max(n, 2), room - 1):
-            yield d, begin, min(begin + room - 1, n)
-
-# %% ../nbs/03_loader.ipynb #pack-rows
-def pack_rows(pieces: Iterable[tuple[int, int, int]], room: int) -> tuple[list[list], list]:
-    """Best-fit packing into rows of exactly `room` tokens; returns the rows and the pieces left over.
-
-    A row begins with the longest piece and takes the longest that fits, again and again. When none fits,
-    the longest piece is split: its first part fills the row, its second goes back, behind a bos of its own.
-    Nothing is lost; what is left over is less than a row.
-    """
-    buckets, rows = Buckets(room), []
-    for d, begin, end in pieces:
-        buckets.put(1 + end - begin, (d, begin, end))
-    while buckets.total >= room:
-        row, left = [], room
-        while left:
-            n, piece = buckets.take(left) or (None, None)
-            if piece is None:
-                n, (d, begin, end) = left, buckets.take(room)[1]
-                middle = begin + left - 1
-                piece = (d, begin, middle)
-                buckets.put(1 + end - middle, (d, middle, end))
-            row.append(piece)
-            left -= n
-        rows.append(row)
-    return rows, [piece for group in buckets.lists for piece in group]
-
 # %% ../nbs/03_loader.ipynb #plan
 @dataclass(frozen=True)
 class Plan:
@@ -279,7 +280,8 @@ def _windows(shards: Shards, seed: int, epoch: int) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff((tokens - 1) // WINDOW_TOKENS)) + 1)
 
 # %% ../nbs/03_loader.ipynb #plan-window
-def plan_window(shards: Shards, group: np.ndarray, carry: list, *, room: int, key: tuple) -> tuple[Plan, list]:
+def plan_window(shards: Shards, group: np.ndarray, carry: list, *, room: int,
+                key: tuple) -> tuple[Plan, list]:
     """The rows of one window of shards, shuffled, and the pieces left over for the next window."""
     rng = np.random.default_rng(seed_of(*key))
     documents = np.concatenate([np.arange(shards.first[s], shards.first[s + 1]) for s in group])
@@ -399,8 +401,8 @@ def _exchanges(ids: Sequence[int], user_start: int) -> list[tuple[int, int]]:
 # %% ../nbs/03_loader.ipynb #cut-conversation
 def cut_conversation(ids: Sequence[int], mask: Sequence[int], room: int,
                      user_start: int) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Parts `(ids, mask)` of at most `room` tokens, each beginning with bos, cut before a user's turn; and
-    how many exchanges were longer than `room` by themselves and had to be shortened.
+    """Parts `(ids, mask)` of at most `room` tokens, each beginning with bos, cut before a user's
+    turn; and how many exchanges were longer than `room` by themselves and had to be shortened.
     """
     parts, shortened = [], 0
     for begin, end in _exchanges(ids, user_start):

@@ -166,7 +166,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 # %% ../nbs/04_model.ipynb #reading
 class Reading:
-    """What all layers of one forward pass share: the rotations of its positions, its cache, its masks."""
+    """What all layers of one forward pass share: rotations, a cache if there is one, masks."""
 
     def __init__(self, cos: Tensor, sin: Tensor, cache=None, positions: Tensor | None = None):
         self.cos, self.sin, self.cache, self.positions = cos, sin, cache, positions
@@ -179,7 +179,8 @@ class Reading:
             return attend(q, k, v, None if whole else _window_mask(q.size(1), window, q.device))
         k, v, valid = self.cache.append(layer, k, v)
         if (window, k.size(1)) not in self._masks:
-            mask = visible(self.positions, torch.arange(k.size(1), device=k.device), window)[:, None]
+            keys = torch.arange(k.size(1), device=k.device)
+            mask = visible(self.positions, keys, window)[:, None]
             self._masks[window, k.size(1)] = mask if valid is None else mask & valid[:, None, None]
         return attend(q, k, v, self._masks[window, k.size(1)])
 
@@ -200,11 +201,13 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_dim)
         self.v = Linear(config.n_embd, kv_dim)
         self.out = Linear(config.n_embd, config.n_embd)
-        self.gate = Linear(GATE_CHANNELS, config.n_kv_head) if layer in config.value_embed_layers else None
+        gated = layer in config.value_embed_layers
+        self.gate = Linear(GATE_CHANNELS, config.n_kv_head) if gated else None
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
+                   for project in (self.q, self.k, self.v))
         if self.gate is not None:
             strength = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))
             v = v + strength[..., None] * value_embedding.unflatten(-1, (-1, self.head_dim))
@@ -213,7 +216,10 @@ class Attention(nn.Module):
 
 # %% ../nbs/04_model.ipynb #mlp
 class MLP(nn.Module):
-    """Widen four times, keep the positive part squared (ReLU², Primer, arXiv 2109.08668), narrow again."""
+    """Widen four times, keep the positive part squared, narrow again.
+
+    ReLU²: Primer, arXiv 2109.08668.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -285,7 +291,8 @@ class Trunk(nn.Module):
     def embed(self, idx: Tensor, cache=None) -> Tensor:
         """Normed, smeared embeddings (B, T, C) of token ids (B, T)."""
         x = norm(self.wte(idx).to(self.dtype))
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        gate = self.smear_lambda.to(x.dtype) * gate
         before = None if cache is None else cache.previous_embedding
         if cache is not None:
             cache.previous_embedding = last_valid(x, cache.lengths, before)
@@ -337,7 +344,7 @@ SOFTCAP = 15.0
 
 
 def head_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits (…, vocab) in float32, pressed smoothly into [-15, 15]. x (…, C), weight (vocab, C)."""
+    """Logits (…, vocab) in float32, pressed into [-15, 15]; x (…, C), weight (vocab, C)."""
     z = F.linear(x, weight.to(x.dtype))
     return SOFTCAP * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / SOFTCAP)
 
@@ -363,14 +370,15 @@ def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
 
 # %% ../nbs/04_model.ipynb #all-chunks
 def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
-    """`_chunk_loss` over as many rows at a time as keep the logits small, gradients summed in wide floats."""
+    """`_chunk_loss` in slices of rows that keep the logits small; gradients add up in wide floats."""
     narrow = weight.to(x.dtype)
     rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 28) // weight.size(0))
     losses, grad_x = [], []
     grad_weight = None if scale is None else torch.zeros_like(weight)
     for a in range(0, len(x), rows):
         part = slice(a, a + rows)
-        loss, gx, gw = _chunk_loss(x[part], narrow, targets[part], None if scale is None else scale[part])
+        factor = None if scale is None else scale[part]
+        loss, gx, gw = _chunk_loss(x[part], narrow, targets[part], factor)
         losses.append(loss)
         if scale is not None:
             grad_x.append(gx)
@@ -421,9 +429,9 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean
 
 # %% ../nbs/04_model.ipynb #gpt
 class GPT(Trunk):
-    """The whole model. `GPT(config)`, then `init_weights(seed)` or `load_state_dict`; parameters are float32.
+    """The whole model. `GPT(config)`, then `init_weights(seed)` or `load_state_dict`.
 
-    Computes in `dtype` (None: the runtime's compute dtype) without autocast.
+    Parameters are float32. Computes in `dtype` (None: the runtime's), without autocast.
     """
 
     def __init__(self, config: GPTConfig, *, dtype: torch.dtype | None = None):
@@ -432,16 +440,21 @@ class GPT(Trunk):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, cache=None,
                 reduction: str = "mean") -> Tensor:
-        """Logits float32 (B, T, vocab_size) for ids (B, T); with targets (B, T) the loss, -1 ignored.
+        """Logits float32 (B, T, vocab_size) for ids (B, T); with targets (B, T) the loss.
 
-        Raises UserError for ids that cannot be read, and for training rows longer than sequence_len.
+        Targets of -1 count for nothing. Raises UserError for ids that cannot be read, and for
+        training rows longer than sequence_len.
         """
-        if targets is not None and torch.is_grad_enabled() and idx.size(1) > self.config.sequence_len:
-            raise UserError(f"a training row of {idx.size(1)} tokens is longer than the model's sequence_len "
-                            f"{self.config.sequence_len}; cut it, or build the model for longer rows")
+        training = targets is not None and torch.is_grad_enabled()
+        if training and idx.size(1) > self.config.sequence_len:
+            raise UserError(f"a training row of {idx.size(1)} tokens is longer than the model's "
+                            f"sequence_len {self.config.sequence_len}; cut it, or build the model "
+                            "for longer rows")
         x = self.hidden(idx, cache)
         weight = self.lm_head.weight[:self.config.vocab_size]
-        return head_logits(x, weight) if targets is None else head_loss(x, weight, targets, reduction)
+        if targets is None:
+            return head_logits(x, weight)
+        return head_loss(x, weight, targets, reduction)
 
     @property
     def device(self) -> torch.device:
@@ -449,7 +462,7 @@ class GPT(Trunk):
         return self.wte.weight.device
 
     def init_weights(self, seed: int = 0) -> GPT:
-        """Draw all parameters anew; each from a generator of its own, so that none depends on another."""
+        """Draw all parameters anew, each from a generator of its own."""
         init_parameters(self, seed)
         return self
 
@@ -462,7 +475,7 @@ class GPT(Trunk):
         return flops_per_token(self)
 
     def inference_copy(self) -> GPT:
-        """A copy to generate with: matrices stored in the compute dtype, so that no step casts them again."""
+        """A copy to generate with: matrices in the compute dtype, so that no step casts them."""
         copy = GPT(self.config, dtype=self.dtype).to(self.device)
         copy.load_state_dict(self.state_dict())
         return store_in_compute_dtype(copy)
@@ -486,7 +499,8 @@ def init_parameters(model: GPT, seed: int) -> None:
             start, fall = (1.15, 0.10) if name == "resid_lambdas" else (0.20, 0.15)
             new.copy_(start - fall * torch.arange(len(p)) / last)
         else:
-            new.uniform_(-bound, bound, generator=rng).mul_(0.4 if name.endswith("mlp.up.weight") else 1.0)
+            factor = 0.4 if name.endswith("mlp.up.weight") else 1.0
+            new.uniform_(-bound, bound, generator=rng).mul_(factor)
         p.copy_(new)
 
 # %% ../nbs/04_model.ipynb #parameter-counts
@@ -495,12 +509,16 @@ def parameter_counts(model: GPT) -> dict[str, int]:
     counts = dict.fromkeys(("wte", "value_embeds", "lm_head", "matrices", "scalars"), 0)
     for name, p in model.named_parameters():
         group = name.split(".")[0]
-        counts["matrices" if group == "blocks" else group if group in counts else "scalars"] += p.numel()
+        group = "matrices" if group == "blocks" else group if group in counts else "scalars"
+        counts[group] += p.numel()
     return counts | {"total": sum(counts.values())}
 
 
 def flops_per_token(model: GPT) -> int:
-    """6 per weight of a matrix product, 12 per channel of q for each key it sees (PaLM, arXiv 2204.02311)."""
+    """6 per weight of a matrix product, 12 per channel of q for each key in its window.
+
+    PaLM, arXiv 2204.02311.
+    """
     c = model.config
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     keys = sum(c.sequence_len if w is None else min(w, c.sequence_len) for w in c.windows)
@@ -522,8 +540,8 @@ class KVCache:
     ids are padded on the right; None means that all are valid. Slot `max_len` is a bin for padding.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device | str = "cpu",
-                 dtype: torch.dtype | None = None):
+    def __init__(self, config: GPTConfig, batch: int, max_len: int,
+                 device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         dtype = dtype or compute_dtype(device)
         shape = (config.n_layer, 2, batch, max_len + 1, config.n_kv_head, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)
@@ -538,7 +556,8 @@ class KVCache:
         if self.filled + time > self.max_len < int((self.positions + self.lengths).max()):
             raise UserError(f"the cache holds {self.max_len} tokens per row and this text is longer")
         step = torch.arange(time, device=k.device)
-        slot = torch.where(step < self.lengths[:, None], self.positions[:, None] + step, self.max_len)
+        valid = step < self.lengths[:, None]
+        slot = torch.where(valid, self.positions[:, None] + step, self.max_len)
         row = torch.arange(batch, device=k.device)[:, None]
         keys, values = self.store[layer]
         keys[row, slot], values[row, slot] = k.to(keys.dtype), v.to(values.dtype)

@@ -38,7 +38,10 @@ POLAR_EXPRESS = (
 
 
 def polar_express(x: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each x (…, m, n), by matrix products only (arXiv 2505.16932)."""
+    """About the nearest orthogonal matrix to each x (…, m, n), by matrix products only.
+
+    Polar Express, arXiv 2505.16932.
+    """
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -78,44 +81,48 @@ def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
 def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, second: Tensor, *, lr: float,
                 momentum: float, beta2: float, weight_decay: float, steps: int,
                 dtype: torch.dtype) -> None:
-    """One Muon step in place for a stack of matrices p (K, m, n); the products are computed in dtype."""
+    """One Muon step in place for a stack of matrices p (K, m, n); the products are in dtype."""
     momentum_buffer.lerp_(grad, 1 - momentum)
-    ahead = grad.lerp(momentum_buffer, momentum)                                     # Nesterov
+    ahead = grad.lerp(momentum_buffer, momentum)                             # Nesterov
     direction = polar_express(equilibrate_rows(ahead.to(dtype)), steps).to(p.dtype)
     direction = even_out(renormalize(direction), second, beta2)
     lr = lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    agrees = direction * p >= 0                                                      # cautious weight decay
+    agrees = direction * p >= 0                                              # cautious decay
     p.sub_(lr * direction + lr * weight_decay * p * agrees)
 
 # %% ../nbs/05_optimizer.ipynb #shard
 class Shard:
-    """Which of n rows this rank updates: ceil(n / world_size) each, the last ranks fewer or none."""
+    """Which of n rows this rank updates: ceil(n / world_size) each, the last fewer or none."""
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1):
         self.n, self.world_size, self.size = n, world_size, -(-n // world_size)
         self.mine = slice(min(rank * self.size, n), min((rank + 1) * self.size, n))
 
     def reduce(self, rows: Tensor):
-        """Begin averaging rows (n, …) over ranks; the function returned waits, and gives this rank's part."""
+        """Begin averaging rows (n, …) over ranks; the result waits for this rank's part."""
         if self.world_size == 1:
             return lambda: rows
         parts = list(pad(rows, self.size * self.world_size).chunk(self.world_size))
         out = torch.empty_like(parts[0])
         work = dist.reduce_scatter(out, parts, async_op=True)
-        return lambda: (work.wait(), out[:self.mine.stop - self.mine.start].div_(self.world_size))[1]
+        mine = out[:self.mine.stop - self.mine.start]
+        return lambda: (work.wait(), mine.div_(self.world_size))[1]
 
     def gather(self, part: Tensor):
-        """Begin collecting every rank's part; the function returned waits, and gives all n rows."""
+        """Begin collecting every rank's part; the function returned waits for all n rows."""
         if self.world_size == 1:
             return lambda: part
         rows = part.new_empty(self.size * self.world_size, *part.shape[1:])
-        work = dist.all_gather(list(rows.chunk(self.world_size)), pad(part, self.size), async_op=True)
+        parts = list(rows.chunk(self.world_size))
+        work = dist.all_gather(parts, pad(part, self.size), async_op=True)
         return lambda: (work.wait(), rows[:self.n])[1]
 
 
 def pad(rows: Tensor, n: int) -> Tensor:
     """rows (k, …) followed by zero rows up to n."""
-    return rows if len(rows) == n else torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
+    if len(rows) == n:
+        return rows
+    return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
 
 # %% ../nbs/05_optimizer.ipynb #adamwstack
 class AdamWStack:

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 # %% auto #0
 __all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'detect_device', 'fast_dtype', 'compute_dtype',
-           'parse_dtype', 'Runtime', 'start_runtime', 'stop_runtime', 'seed_of', 'generator', 'write_atomic',
-           'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes']
+           'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of', 'generator',
+           'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes']
 
 # %% ../nbs/00_runtime.ipynb #usererror
 class UserError(Exception):
@@ -60,19 +60,19 @@ def plot_style():
 
 # %% ../nbs/00_runtime.ipynb #detect-device
 def detect_device(name: str | None = None) -> torch.device:
-    """The device called `name` ("cpu", "mps", "cuda"), or the best one present.
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"); None: cuda if present, else cpu.
 
     Raises UserError for a name that is unknown or a device that is absent.
     """
-    present = {"cpu": True, "mps": torch.backends.mps.is_available(),
-               "cuda": torch.cuda.is_available()}
-    if name is None:
-        name = next(n for n, here in reversed(present.items()) if here)
-    if name.split(":")[0] not in present:
+    present = {"cpu": 1, "mps": int(torch.backends.mps.is_available()),
+               "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    name = name or ("cuda" if present["cuda"] else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in present or name.endswith(":") or not f"{index}0".isdecimal():
         raise UserError(f"unknown device {name!r}{nearest(name, present)}")
-    if not present[name.split(":")[0]]:
+    if int(index or 0) >= present[kind]:
         raise UserError(f"device {name!r} is not available on this machine; use cpu")
-    return torch.device(name)
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 # %% ../nbs/00_runtime.ipynb #cpu-flags
 def _cpu_flags() -> set[str]:
@@ -100,7 +100,10 @@ _compute_dtype: torch.dtype | None = None
 
 
 def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """What `start_runtime` chose, else the variable NANOCHAT_NB_DTYPE, else `fast_dtype(device)`."""
+    """What `start_runtime` chose, else the variable NANOCHAT_NB_DTYPE, else `fast_dtype(device)`.
+
+    Without `start_runtime`, pass the device: the default is the CPU's format.
+    """
     if _compute_dtype is not None:
         return _compute_dtype
     name = os.environ.get("NANOCHAT_NB_DTYPE", "")
@@ -157,33 +160,43 @@ class Runtime:
         dist.all_gather_object(out, value)
         return out
 
-# %% ../nbs/00_runtime.ipynb #start-runtime
-def start_runtime(device: str | None = None, dtype: str | None = None) -> Runtime:
-    """Choose device and compute dtype, join the process group torchrun announced.
-
-    Calling it again is harmless. Raises UserError for a device or dtype that is unknown or absent.
-    """
-    global _compute_dtype
+# %% ../nbs/00_runtime.ipynb #join-ranks
+def join_ranks(where: torch.device) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun announced them; joins their process group once."""
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    where = detect_device(device or None)
-    if where.type == "cuda":
-        where = torch.device("cuda", local_rank)
-        torch.cuda.set_device(where)
-        torch.set_float32_matmul_precision("high")
-    _compute_dtype = parse_dtype(dtype) if dtype else None
-    _compute_dtype = compute_dtype(where)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo",
                                 timeout=timedelta(minutes=30))
         atexit.register(stop_runtime)
-    return Runtime(where, _compute_dtype, rank, world_size, local_rank)
+    return rank, world_size, local_rank
 
 
 def stop_runtime() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+# %% ../nbs/00_runtime.ipynb #start-runtime
+def start_runtime(device: str | None = None, dtype: str | None = None) -> Runtime:
+    """Choose device and compute dtype, join the process group torchrun announced.
+
+    Calling it again is harmless. Raises UserError for a device or dtype that is unknown or absent,
+    and for one GPU named to several processes.
+    """
+    global _compute_dtype
+    where = detect_device(device or None)
+    if where.type == "cuda":
+        if where.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"device {device!r} is one GPU, but every process needs its own; "
+                            "say cuda")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        where = torch.device("cuda", local if where.index is None else where.index)
+        torch.cuda.set_device(where)
+        torch.set_float32_matmul_precision("high")
+    _compute_dtype = parse_dtype(dtype) if dtype else None
+    _compute_dtype = compute_dtype(where)
+    return Runtime(where, _compute_dtype, *join_ranks(where))
 
 # %% ../nbs/00_runtime.ipynb #seed-of
 def seed_of(*key: str | int) -> int:

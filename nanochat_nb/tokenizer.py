@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import torch
 
-from .runtime import (UserError, nearest, peak_memory_bytes, run_folder, start_runtime,
-                                 write_atomic, write_json)
+from .runtime import (Runtime, UserError, join_ranks, nearest, peak_memory_bytes,
+                                 run_folder, write_atomic, write_json)
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'PART_TYPES', 'GPT2_PATTERN', 'CL100K_PATTERN', 'merge_pair',
@@ -271,45 +272,6 @@ def fingerprint(self) -> str:
         self._fingerprint = digest.hexdigest()[:16]
     return self._fingerprint
 
-# %% ../nbs/02_tokenizer.ipynb #readable
-def _readable(token: bytes) -> str | list[int]:
-    try:
-        return token.decode("utf-8")
-    except UnicodeDecodeError:
-        return list(token)
-
-
-@patch_to(Tokenizer)
-def save(self, folder: str | Path) -> None:
-    """Write `folder/tokenizer.json`: a token per line, as text or, when no UTF-8, as a list of bytes."""
-    by_rank: list = [None] * (max(self.ranks.values()) + 1)
-    for token, i in self.ranks.items():
-        by_rank[i] = _readable(token)
-    head = {"fingerprint": self.fingerprint(), "pattern": self.pattern, "special_tokens": self.special_tokens}
-    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in by_rank)
-    write_atomic(Path(folder) / "tokenizer.json",
-                 json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "tokens": [\n{lines}\n]}}\n')
-
-# %% ../nbs/02_tokenizer.ipynb #load
-@patch_to(Tokenizer)
-@classmethod
-def load(cls, folder: str | Path) -> Tokenizer:
-    """The tokenizer saved in `folder`. Raises UserError when it is absent or damaged."""
-    path = Path(folder) / "tokenizer.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        ranks = {token.encode() if isinstance(token, str) else bytes(token): i
-                 for i, token in enumerate(saved["tokens"]) if token is not None}
-        tokenizer = cls(ranks, saved["pattern"], saved["special_tokens"])
-        whole = tokenizer.fingerprint() == saved["fingerprint"]
-    except FileNotFoundError as error:
-        raise UserError(f"no tokenizer at {path}; run the tokenizer stage first") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged; run the tokenizer stage again") from error
-    if not whole:
-        raise UserError(f"{path} was changed after it was saved; run the tokenizer stage again")
-    return tokenizer
-
 # %% ../nbs/02_tokenizer.ipynb #turns
 def _turns(conversation: dict) -> list[tuple[str, str | list]]:
     """`(role, content)` per turn: the system turn merged into the user's, the order of roles checked."""
@@ -387,6 +349,45 @@ def render_for_completion(self, conversation: dict) -> list[int]:
         messages.pop()
     ids, _ = self.render_conversation({"messages": messages})
     return [*ids, self.special("<|assistant_start|>")]
+
+# %% ../nbs/02_tokenizer.ipynb #readable
+def _readable(token: bytes) -> str | list[int]:
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(token)
+
+
+@patch_to(Tokenizer)
+def save(self, folder: str | Path) -> None:
+    """Write `folder/tokenizer.json`: a token per line, as text or, when no UTF-8, as a list of bytes."""
+    by_rank: list = [None] * (max(self.ranks.values()) + 1)
+    for token, i in self.ranks.items():
+        by_rank[i] = _readable(token)
+    head = {"fingerprint": self.fingerprint(), "pattern": self.pattern, "special_tokens": self.special_tokens}
+    lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in by_rank)
+    write_atomic(Path(folder) / "tokenizer.json",
+                 json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "tokens": [\n{lines}\n]}}\n')
+
+# %% ../nbs/02_tokenizer.ipynb #load
+@patch_to(Tokenizer)
+@classmethod
+def load(cls, folder: str | Path) -> Tokenizer:
+    """The tokenizer saved in `folder`. Raises UserError when it is absent or damaged."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        ranks = {token.encode() if isinstance(token, str) else bytes(token): i
+                 for i, token in enumerate(saved["tokens"]) if token is not None}
+        tokenizer = cls(ranks, saved["pattern"], saved["special_tokens"])
+        whole = tokenizer.fingerprint() == saved["fingerprint"]
+    except FileNotFoundError as error:
+        raise UserError(f"no tokenizer at {path}; run the tokenizer stage first") from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged; run the tokenizer stage again") from error
+    if not whole:
+        raise UserError(f"{path} was changed after it was saved; run the tokenizer stage again")
+    return tokenizer
 
 # %% ../nbs/02_tokenizer.ipynb #gpt2-bytes
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -510,13 +511,15 @@ def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: 
     Raises UserError when the vocabulary is too small, or larger than the text can give.
     """
     parameters = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items()}
-    rt = start_runtime("cpu")
+    cpu = torch.device("cpu")
+    rt = Runtime(cpu, torch.float32, *join_ranks(cpu))     # no model: the dtype stays as chosen
     folder = Path(rt.broadcast(str(run_folder(run)) if rt.is_main else None)) / "tokenizer"
     summary = None
     if rt.is_main:
         started = time.perf_counter()
         summary = {"stage": "tokenizer", "tokens": 0, "flops": 0, "parameters": parameters}
         summary |= _train_and_measure(folder, parameters)
-        summary |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+        summary |= {"seconds": time.perf_counter() - started,
+                    "peak_memory_bytes": peak_memory_bytes()}
         write_json(folder / "summary.json", summary)
     return rt.broadcast(summary) | {"folder": str(folder)}

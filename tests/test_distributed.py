@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from nanochat_nb import runtime
 from nanochat_nb.checkpoint import load_checkpoint, save_checkpoint
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.optimizer import build_optimizer
-from nanochat_nb.runtime import UserError, generator, start_runtime, stop_runtime
+from nanochat_nb.runtime import (UserError, compute_dtype, detect_device, generator, join_ranks, start_runtime,
+                                 stop_runtime)
 
 # 3 layers and 65 symbols: numbers of matrices and of elements that neither 2 nor 4 divides
 CONFIG = GPTConfig(sequence_len=16, vocab_size=65, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
@@ -52,6 +54,8 @@ def train(rank: int, world_size: int, port: int, folder: str, first: int = 0) ->
 
 def fill_disk(folder: str, model: GPT, rt) -> None:
     """A save that fails on rank 0 must end every rank with the same error, so that none waits for ever."""
+    with pytest.raises((TypeError, UserError), match="not JSON serializable"):    # a mistake, not a full disk
+        save_checkpoint(folder, 99, model=model, rt=rt, meta={"loop": object()})
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     with pytest.raises(UserError, match="Free some space"):
         save_checkpoint(folder, 99, model=model, rt=rt)
@@ -104,3 +108,38 @@ def test_resume_is_bit_for_bit(one, tmp_path):
     again = load_checkpoint(tmp_path)
     assert again.meta["losses"] == one.meta["losses"]
     assert all(torch.equal(value, again.model_state[name]) for name, value in one.model_state.items())
+
+
+def two_gpus(monkeypatch) -> None:
+    """Pretend that this machine has two GPUs, and start no process group."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(runtime, "join_ranks", lambda where: (0, int(os.environ.get("WORLD_SIZE", 1)), 0))
+    monkeypatch.setattr(runtime, "_compute_dtype", None)
+
+
+def test_the_gpu_asked_for_is_the_gpu_used(monkeypatch):
+    two_gpus(monkeypatch)
+    assert start_runtime("cuda:1", "float32").device == torch.device("cuda:1")
+    assert start_runtime("cuda", "float32").device == torch.device("cuda:0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start_runtime(None, "float32").device == torch.device("cuda:1")
+    with pytest.raises(UserError, match="every process needs its own"):
+        start_runtime("cuda:1", "float32")
+    for name in ("cuda:2", "cuda:x", "cuda:", "gpu"):
+        with pytest.raises(UserError):
+            detect_device(name)
+
+
+def test_mps_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert detect_device().type == "cpu" and detect_device("mps").type == "mps"
+
+
+def test_joining_ranks_leaves_the_dtype_alone(monkeypatch):
+    monkeypatch.setattr(runtime, "_compute_dtype", torch.bfloat16)
+    assert join_ranks(torch.device("cpu")) == (0, 1, 0) and compute_dtype() == torch.bfloat16
