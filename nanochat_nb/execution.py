@@ -26,14 +26,15 @@ from .runtime import UserError
 __all__ = ['MAX_EXPRESSION', 'SCRATCH_BYTES', 'calculate', 'RunResult', 'isolation', 'run_code']
 
 # %% ../nbs/07_execution.ipynb #tokens
-MAX_EXPRESSION = 512                                         # characters; bounds time, memory and the result
+MAX_EXPRESSION = 512  # characters; bounds time, memory and the result
 _NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _TOKEN = re.compile(rf"\s*({_NUMBER}|//|[-+*/()%])")
 _TYPOGRAPHY = str.maketrans("−–×÷", "--*/")
 
 
 def _tokens(expression: str) -> list[str]:
-    """Numbers (without their commas) and operators, in order. Raises ValueError at anything else."""
+    """Numbers (without their commas) and operators, in order. Raises ValueError at anything
+    else."""
     out, at, text = [], 0, expression.translate(_TYPOGRAPHY).rstrip()
     while at < len(text):
         match = _TOKEN.match(text, at)
@@ -51,7 +52,8 @@ _MAX_DEPTH = 50                                              # parentheses withi
 
 
 def _climb(tokens: list[str], level: int, depth: int) -> Fraction:
-    """The value of the longest expression of operators of at least `level` at the end of reversed `tokens`."""
+    """The value of the longest expression of operators of at least `level` at the end of reversed
+    `tokens`."""
     value = _atom(tokens, depth)
     while tokens and _LEVEL.get(tokens[-1], 0) >= level:
         operator = tokens.pop()
@@ -103,8 +105,10 @@ def _count(expression: str) -> str | None:
 def calculate(expression: str) -> str | None:
     """The result of `expression` as text, or None if it is not one of the few things we compute.
 
-    Knows numbers (`1,250`, `.5`), `+ - * / //`, parentheses, `%` after a number (divides by 100), and
-    `"text".count("x")`. Whole results are integers, others have up to 6 significant decimals. Nothing is
+    Knows numbers (`1,250`, `.5`), `+ - * / //`, parentheses, `%` after a number (divides by 100),
+    and
+    `"text".count("x")`. Whole results are integers, others have up to 6 significant decimals.
+    Nothing is
     evaluated by Python; time and size are bounded by `MAX_EXPRESSION` characters. Never raises.
 
     >>> calculate("48/2"), calculate("20%*50"), calculate("1/0"), calculate('"banana".count("a")')
@@ -122,7 +126,8 @@ def calculate(expression: str) -> str | None:
 # %% ../nbs/07_execution.ipynb #runresult
 @dataclass(frozen=True)
 class RunResult:
-    """How a program ended. `ok`: it reached its last line without an exception, within its limits."""
+    """How a program ended. `ok`: it reached its last line without an exception, within its
+    limits."""
     ok: bool
     stdout: str
     stderr: str
@@ -173,7 +178,8 @@ os._exit(status)                              # threads and exit handlers do not
 
 # %% ../nbs/07_execution.ipynb #visible
 def _visible() -> list[str]:
-    """Directories and files that a Python program needs to start: the system's libraries and the interpreter."""
+    """Directories and files that a Python program needs to start: the system's libraries and the
+    interpreter."""
     paths = ["/usr", "/bin", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache"]
     prefix = os.path.realpath(sys.base_prefix)
     if not prefix.startswith("/usr"):
@@ -198,7 +204,8 @@ def _bubblewrap(as_root: bool) -> list[str]:
     """The command line that puts what follows it into the box."""
     program = shutil.which("bwrap") or ""
     known = _bubblewrap_options(program) if program else ""
-    box = [program, "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+    box = [program, "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc",
+           "--unshare-uts",
            "--unshare-cgroup-try"]
     if as_root:
         box += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -207,7 +214,8 @@ def _bubblewrap(as_root: bool) -> list[str]:
         box += ["--disable-userns"] * ("--disable-userns" in known)
     perms = "--perms" in known
     for path in _visible():
-        for parent in reversed(Path(path).parents[:-1]):     # bubblewrap would make these for root alone
+        # bubblewrap would make these for root alone
+        for parent in reversed(Path(path).parents[:-1]):
             box += ["--perms", "0755"] * perms + ["--dir", str(parent)]
         box += ["--ro-bind", path, path]
     box += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
@@ -266,13 +274,16 @@ os.execv(command[0], command)
 
 # %% ../nbs/07_execution.ipynb #namespaces
 def _namespaces(as_root: bool, root: str) -> list[str]:
-    """As `_bubblewrap`, with system calls of our own; `root` is an empty folder to build the tree on."""
-    return [_interpreter(), "-I", "-S", "-c", _NAMESPACES, root, str(SCRATCH_BYTES), str(int(not as_root)),
+    """As `_bubblewrap`, with system calls of our own; `root` is an empty folder to build the tree
+    on."""
+    return [_interpreter(), "-I", "-S", "-c", _NAMESPACES, root, str(SCRATCH_BYTES),
+            str(int(not as_root)),
             "\n".join(_visible())]
 
 # %% ../nbs/07_execution.ipynb #collect
 def _collect(process: subprocess.Popen, timeout: float, keep: int) -> tuple[list[bytes], bool, bool]:
-    """(the first `keep` bytes of stdout and stderr, timed_out, truncated) of a process that is dead afterwards."""
+    """(the first `keep` bytes of stdout and stderr, timed_out, truncated) of a process that is dead
+    afterwards."""
     kept, cut, deadline, timed_out = {1: bytearray(), 2: bytearray()}, False, time.monotonic() + timeout, False
     with selectors.DefaultSelector() as pipes:
         pipes.register(process.stdout, selectors.EVENT_READ, 1)
@@ -289,7 +300,7 @@ def _collect(process: subprocess.Popen, timeout: float, keep: int) -> tuple[list
                 room = keep - len(kept[key.data])
                 kept[key.data] += data[:room]
                 cut |= len(data) > room
-        try:                                                 # closing both pipes is no way to live on
+        try:  # closing both pipes is no way to live on
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             timed_out = True
@@ -308,7 +319,8 @@ def _kill(process: subprocess.Popen) -> None:
     process.stderr.close()
 
 # %% ../nbs/07_execution.ipynb #execute
-def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_mb: int, processes: int,
+def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_mb: int,
+             processes: int,
              keep: int) -> RunResult:
     """Run `source` in the box called `method`."""
     done = random.SystemRandom().randrange(200, 255)
@@ -317,11 +329,14 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryDirectory() as folder:
         stdin.write(source.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
-        box = {"bubblewrap": lambda: _bubblewrap(as_root), "namespaces": lambda: _namespaces(as_root, folder),
+        box = {"bubblewrap": lambda: _bubblewrap(as_root),
+               "namespaces": lambda: _namespaces(as_root, folder),
                "none": lambda: []}[method]()
         process = subprocess.Popen(
-            [*box, _interpreter(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _GUARD, *map(str, limits)],
-            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd=folder, start_new_session=True)
+            [*box, _interpreter(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _GUARD,
+             *map(str, limits)],
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd=folder,
+            start_new_session=True)
         try:
             out, timed_out, truncated = _collect(process, timeout, keep)
         finally:
@@ -359,12 +374,14 @@ def _method() -> tuple[str, bool] | None:
 
 
 def _works(method: str, as_root: bool) -> bool:
-    trial = _execute("print(6 * 7)", method, as_root, timeout=10, memory_mb=256, processes=8, keep=100)
+    trial = _execute("print(6 * 7)", method, as_root, timeout=10, memory_mb=256, processes=8,
+                     keep=100)
     return trial.ok and trial.stdout == "42\n"
 
 
 def isolation() -> str | None:
-    """The box `run_code` uses on this machine: "bubblewrap", "namespaces", or None if there is none."""
+    """The box `run_code` uses on this machine: "bubblewrap", "namespaces", or None if there is
+    none."""
     return _method()[0] if _method() else None
 
 # %% ../nbs/07_execution.ipynb #run-code
@@ -372,9 +389,12 @@ def run_code(source: str, *, timeout: float = 5.0, memory_mb: int = 256, process
              max_output: int = 20_000, unisolated: bool = False) -> RunResult:
     """Run a Python program in a separate process, in the strongest box this machine offers.
 
-    Inside: Python's standard library, an empty `/tmp` of 64 MiB, no network, no environment, no other process.
-    `timeout` is in seconds of wall-clock time, `memory_mb` in MiB for each of at most `processes` processes and
-    threads, `max_output` in bytes for each of stdout and stderr. When it returns, everything it started is dead.
+    Inside: Python's standard library, an empty `/tmp` of 64 MiB, no network, no environment, no
+    other process.
+    `timeout` is in seconds of wall-clock time, `memory_mb` in MiB for each of at most `processes`
+    processes and
+    threads, `max_output` in bytes for each of stdout and stderr. When it returns, everything it
+    started is dead.
     Where no box works it raises UserError, unless `unisolated=True`: then only the limits apply.
     """
     method = _method()

@@ -31,20 +31,24 @@ __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'Snapshot', '
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
 class Snapshot:
-    """A row taken out of a cache: keys and values (layers, 2, T, heads, channels), last embedding (channels,)."""
+    """A row taken out of a cache: keys and values (layers, 2, T, heads, channels), last embedding
+    (channels,)."""
     store: Tensor
     embedding: Tensor
 
 
 @torch.inference_mode()
-def prefill(model: GPT, prompts: Sequence[Sequence[int]], *, chunk: int = 256) -> tuple[list[Snapshot], Tensor]:
-    """Read all `prompts` as one batch: a snapshot of each, and the logits float32 (N, vocab) after each."""
+def prefill(model: GPT, prompts: Sequence[Sequence[int]], *,
+            chunk: int = 256) -> tuple[list[Snapshot], Tensor]:
+    """Read all `prompts` as one batch: a snapshot of each, and the logits float32 (N, vocab) after
+    each."""
     lengths = torch.tensor([len(p) for p in prompts])
     longest = int(lengths.max())
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for i, p in enumerate(prompts):
         ids[i, :len(p)] = torch.tensor(p)
-    ids, cache = ids.to(model.device), KVCache(model.config, len(prompts), longest, model.device, model.dtype)
+    ids = ids.to(model.device)
+    cache = KVCache(model.config, len(prompts), longest, model.device, model.dtype)
     last = torch.zeros(len(prompts), model.config.n_embd, device=model.device, dtype=model.dtype)
     for start in range(0, longest, chunk):
         part = ids[:, start:start + chunk]
@@ -52,7 +56,8 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], *, chunk: int = 256) -
         x = model.hidden(part, cache)
         for i in ((lengths > start) & (lengths <= start + chunk)).nonzero()[:, 0].tolist():
             last[i] = x[i, lengths[i] - 1 - start]
-    snapshots = [Snapshot(cache.store[:, :, i, :len(p)], cache.previous_embedding[i]) for i, p in enumerate(prompts)]
+    snapshots = [Snapshot(cache.store[:, :, i, :len(p)], cache.previous_embedding[i])
+                 for i, p in enumerate(prompts)]
     return snapshots, next_logits(model, last)
 
 
@@ -62,15 +67,18 @@ def next_logits(model: GPT, hidden: Tensor) -> Tensor:
 
 # %% ../nbs/08_inference.ipynb #batchcache
 class BatchCache:
-    """Keys and values of up to `max_rows` rows of up to `max_len` tokens; obeys the model's cache protocol."""
+    """Keys and values of up to `max_rows` rows of up to `max_len` tokens; obeys the model's cache
+    protocol."""
 
-    def __init__(self, config: GPTConfig, max_rows: int, max_len: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: GPTConfig, max_rows: int, max_len: int, device: torch.device,
+                 dtype: torch.dtype):
         self.config, self.max_rows, self.max_len = config, max_rows, max_len
         self.ends: list[int] = []                            # tokens cached, per row in use
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.previous_embedding = torch.zeros(0, config.n_embd, device=device, dtype=dtype)
         self.lengths: Tensor | None = None
-        self.store = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
+        self.store = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim,
+                                 device=device, dtype=dtype)
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens."""
@@ -85,7 +93,8 @@ class BatchCache:
 
 # %% ../nbs/08_inference.ipynb #rowcache
 class RowCache(BatchCache):
-    """A `BatchCache` with the four things that happen to it: a row enters, a row leaves, a step begins, a step ends."""
+    """A `BatchCache` with the four things that happen to it: a row enters, a row leaves, a step
+    begins, a step ends."""
 
     @torch.inference_mode()
     def enter(self, snapshot: Snapshot) -> None:
@@ -106,7 +115,8 @@ class RowCache(BatchCache):
             for items in (self.ends, self.positions, self.previous_embedding):
                 items[row] = items[last]
         self.ends.pop()
-        self.positions, self.previous_embedding = self.positions[:last], self.previous_embedding[:last]
+        self.positions = self.positions[:last]
+        self.previous_embedding = self.previous_embedding[:last]
 
     @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
@@ -120,12 +130,15 @@ class RowCache(BatchCache):
         self._grow(len(self.ends), self.end)
         heads, width, size = self.store.shape[3:]
         self.flat = self.store.view(self.config.n_layer, 2, -1, size)
-        first = torch.arange(len(self.ends) * heads, device=self.store.device).view(-1, heads) * width
-        self.slot = (first + self.positions[:, None]).flatten()          # of each row's and head's new entry
+        first = torch.arange(len(self.ends) * heads,
+                             device=self.store.device).view(-1, heads) * width
+        # of each row's and head's new entry
+        self.slot = (first + self.positions[:, None]).flatten()
         self.lengths = torch.ones_like(self.positions)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Store one new key and value per row; all of the layer's keys and values, (B, S, heads, channels)."""
+        """Store one new key and value per row; all of the layer's keys and values, (B, S, heads,
+        channels)."""
         for flat, new in zip(self.flat[layer], (k, v)):
             flat.index_copy_(0, self.slot, new.reshape(-1, new.size(-1)))
         keys, values = self.store[layer, :, :len(self.ends), :, :self.end].transpose(2, 3)
@@ -139,21 +152,24 @@ class RowCache(BatchCache):
 
 # %% ../nbs/08_inference.ipynb #kept-probabilities
 def kept_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Weights (B, vocab) that sampling may choose by: probabilities, 0 where the dials forbid a token.
+    """Weights (B, vocab) that sampling may choose by: probabilities, 0 where the dials forbid a
+    token.
 
-    logits (B, vocab) float32; temperature, top_k (0: off) and top_p (1: off) are (B,). top_p acts on what top_k left.
+    logits (B, vocab) float32; temperature, top_k (0: off) and top_p (1: off) are (B,). top_p acts
+    on what top_k left.
     Tokens that tie with the last one kept are kept.
     """
     logits = logits / temperature.clamp(min=1e-6)[:, None]
     size = logits.size(-1)
-    if int(top_k.max()) > 0:
+    most = int(top_k.max())
+    if most > 0:
         k = torch.where(top_k > 0, top_k, size).clamp(max=size)[:, None]
-        kth = logits.topk(int(top_k.max().clamp(max=size))).values.gather(1, (k - 1).clamp(max=int(top_k.max()) - 1))
+        kth = logits.topk(min(most, size)).values.gather(1, (k - 1).clamp(max=most - 1))
         logits = logits.masked_fill((logits < kth) & (k < size), -torch.inf)
     weights = logits.softmax(-1)
     if float(top_p.min()) < 1:
         likeliest = weights.sort(-1, descending=True).values
-        inside = likeliest.cumsum(-1) - likeliest < top_p[:, None]         # what is likelier leaves room
+        inside = likeliest.cumsum(-1) - likeliest < top_p[:, None]  # what is likelier leaves room
         smallest = likeliest.masked_fill(~inside, 2).amin(-1, keepdim=True)
         weights = weights.masked_fill((weights < smallest) & (top_p < 1)[:, None], 0)
     return weights
@@ -184,7 +200,8 @@ class ToolWatch:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.block = tokenizer, None
-        self.opens, self.closes = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
+        self.opens = tokenizer.special("<|python_start|>")
+        self.closes = tokenizer.special("<|python_end|>")
 
     def see(self, token: int) -> str | None:
         """The text of the block that `token` closes, if it closes one."""
@@ -199,7 +216,7 @@ class ToolWatch:
 
 # %% ../nbs/08_inference.ipynb #run-python
 TOOLS = ("calculator", "python")
-MAX_TOOL_OUTPUT = 400                                        # characters of a program's output given back
+MAX_TOOL_OUTPUT = 400  # characters of a program's output given back
 
 
 def run_python(source: str) -> str:
@@ -210,17 +227,19 @@ def run_python(source: str) -> str:
 
 def forced_ids(tokenizer: Tokenizer, result: str) -> list[int]:
     """The tokens that give `result` to the model."""
-    return [tokenizer.special("<|output_start|>"), *tokenizer.encode(result), tokenizer.special("<|output_end|>")]
+    return [tokenizer.special("<|output_start|>"), *tokenizer.encode(result),
+            tokenizer.special("<|output_end|>")]
 
 
 def check_tools(tools: bool | str) -> str | None:
-    """`tools` as "calculator", "python" or None. Raises UserError for others, and for python without a sandbox."""
+    """`tools` as "calculator", "python" or None. Raises UserError for others, and for python
+    without a sandbox."""
     tools = "calculator" if tools is True else tools or None
     if tools is not None and tools not in TOOLS:
         raise UserError(f"unknown tool {tools!r}{nearest(str(tools), TOOLS)}")
     if tools == "python" and isolation() is None:
-        raise UserError("tools='python' needs a sandbox, and none works on this machine: install bubblewrap, "
-                        "or use tools='calculator'")
+        raise UserError("tools='python' needs a sandbox, and none works on this machine: "
+                        "install bubblewrap, or use tools='calculator'")
     return tools
 
 # %% ../nbs/08_inference.ipynb #completion
@@ -258,7 +277,8 @@ class Request:
     finish_reason: str | None = None
 
     def take(self, sampled: int, stops: frozenset[int]) -> str | None:
-        """Append the forced token that is due, or else `sampled`; the text of a tool call that it completes."""
+        """Append the forced token that is due, or else `sampled`; the text of a tool call that it
+        completes."""
         self.mask.append(0 if self.forced else 1)
         token = self.forced.popleft() if self.forced else sampled
         self.ids.append(token)
@@ -273,7 +293,8 @@ PREFILL_TOKENS = 4096                                        # prompt tokens rea
 
 
 def batches_by_length(lengths: Sequence[int], budget: int = PREFILL_TOKENS) -> list[list[int]]:
-    """Indices grouped so that a group, padded to its longest, is at most `budget` tokens and at most a third padding."""
+    """Indices grouped so that a group, padded to its longest, is at most `budget` tokens and at
+    most a third padding."""
     groups: list[list[int]] = []
     total = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -290,23 +311,28 @@ def batches_by_length(lengths: Sequence[int], budget: int = PREFILL_TOKENS) -> l
 class Engine:
     """Generates for many prompts at once, in the model's dtype.
 
-    At most `max_batch` answers are written at the same time, others wait; a prompt and its answer have at most
-    `max_len` tokens together (default: the model's `sequence_len`). Not thread-safe: one thread owns an engine.
+    At most `max_batch` answers are written at the same time, others wait; a prompt and its answer
+    have at most
+    `max_len` tokens together (default: the model's `sequence_len`). Not thread-safe: one thread
+    owns an engine.
     When the model's weights change, the next call uses the new ones.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 64, max_len: int | None = None):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 64,
+                 max_len: int | None = None):
         if max_batch < 1 or (max_len is not None and max_len < 2):
-            raise UserError(f"max_batch={max_batch} must be at least 1 and max_len={max_len} at least 2")
+            raise UserError(f"max_batch={max_batch} must be at least 1 "
+                            f"and max_len={max_len} at least 2")
         self.source, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_len = max_len or model.config.sequence_len
         self.stops = frozenset(map(tokenizer.special, ("<|assistant_end|>", "<|bos|>")))
         self.model, self._weights = None, None
-        self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}   # prompts read, wanted by others waiting
+        # prompts read, wanted by others waiting
+        self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []                        # row i of the cache is rows[i]
-        self.parked: dict[Future, tuple[Request, Snapshot]] = {}       # waiting for their program to end
+        self.parked: dict[Future, tuple[Request, Snapshot]] = {}  # waiting for their program to end
         self._events: dict[int, Event] = {}
         self.refresh()
 
@@ -336,32 +362,38 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self.waiting or self.rows or self.parked)
 
-    def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, seed: int = 0, tools: bool | str = True, sample: int = 0) -> int:
-        """Queue one answer and return its request number. Raises UserError for a prompt or a dial that cannot work."""
-        return _submit(self, prompt, max_new_tokens, temperature, top_k or 0, 1.0 if top_p is None else top_p,
-                       seed, check_tools(tools), sample).number
+    def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+               tools: bool | str = True, sample: int = 0) -> int:
+        """Queue one answer and return its request number. Raises UserError for a prompt or a dial
+        that cannot work."""
+        return _submit(self, prompt, max_new_tokens, temperature, top_k or 0,
+                       1.0 if top_p is None else top_p, seed, check_tools(tools), sample).number
 
     def cancel(self, request: int) -> None:
-        """End a request now; its last event says "cancelled". A number that is not running is ignored."""
+        """End a request now; its last event says "cancelled". A number that is not running is
+        ignored."""
         _cancel(self, request)
 
     def step(self) -> list[Event]:
-        """Advance every running answer by a token; what is new. Empty when there is nothing to do."""
+        """Advance every running answer by a token; what is new. Empty when there is nothing to
+        do."""
         _advance(self)
         events, self._events = list(self._events.values()), {}
         return events
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, seed: int | Sequence[int] = 0,
-                 num_samples: int = 1, tools: bool | str = True) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 seed: int | Sequence[int] = 0, num_samples: int = 1,
+                 tools: bool | str = True) -> list[list[Completion]]:
         """`num_samples` completions of each prompt. A list of seeds gives each prompt its own."""
         return _generate(self, prompts, max_new_tokens, num_samples, seed,
-                         dict(temperature=temperature, top_k=top_k or 0, top_p=1.0 if top_p is None else top_p,
-                              tools=check_tools(tools)))
+                         dict(temperature=temperature, top_k=top_k or 0,
+                              top_p=1.0 if top_p is None else top_p, tools=check_tools(tools)))
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """The token ids of one answer as they come; options as for `submit`. Closing the iterator cancels it."""
+        """The token ids of one answer as they come; options as for `submit`. Closing the iterator
+        cancels it."""
         return _stream(self, prompt, options)
 
 # %% ../nbs/08_inference.ipynb #advance
@@ -374,8 +406,8 @@ def _advance(engine: Engine) -> None:
         _decode(engine)
 
 
-def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-            seed: int, tools: str | None, sample: int) -> Request:
+def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperature: float,
+            top_k: int, top_p: float, seed: int, tools: str | None, sample: int) -> Request:
     """A new request at the end of the queue."""
     prompt = tuple(int(i) for i in prompt)
     _check_request(engine, prompt, max_new_tokens, temperature, top_k, top_p)
@@ -385,33 +417,38 @@ def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperat
     uniforms = [] if temperature == 0 else torch.rand(
         limit, generator=generator(seed, "sample", sample, *prompt), dtype=torch.float64).tolist()
     engine._numbers += 1
-    request = Request(engine._numbers, prompt, limit, temperature, top_k, top_p, tools, uniforms or [0.0] * limit,
-                      ToolWatch(engine.tokenizer) if tools else None)
+    request = Request(engine._numbers, prompt, limit, temperature, top_k, top_p, tools,
+                      uniforms or [0.0] * limit, ToolWatch(engine.tokenizer) if tools else None)
     engine.waiting.append(request)
     return request
 
 
-def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int, temperature: float, top_k: int,
-                   top_p: float) -> None:
+def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
+                   temperature: float, top_k: int, top_p: float) -> None:
     size = engine.source.config.vocab_size
     if not prompt:
         raise UserError("the prompt is empty: begin with at least <|bos|>")
     if len(prompt) >= engine.max_len:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into {engine.max_len}: "
-                        "shorten it, or use chat_prompt, which drops the oldest turns")
+        raise UserError(f"the prompt has {len(prompt)} tokens, but prompt and answer must fit "
+                        f"into {engine.max_len}: shorten it, or use chat_prompt, which drops the "
+                        "oldest turns")
     if not 0 <= min(prompt) <= max(prompt) < size:
-        raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: made by another tokenizer?")
+        raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: "
+                        "made by another tokenizer?")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not "
-                        f"{max_new_tokens}, {temperature}, {top_k} and {top_p}")
+        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and "
+                        f"0 < top_p <= 1, not {max_new_tokens}, {temperature}, {top_k} and {top_p}")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
-    """Let waiting requests in while rows are free, reading about PREFILL_TOKENS prompt tokens at most."""
+    """Let waiting requests in while rows are free, reading about PREFILL_TOKENS prompt tokens at
+    most."""
     entering, tokens = [], 0
-    while engine.waiting and len(engine.rows) + len(entering) < engine.max_batch and tokens < PREFILL_TOKENS:
+    while (engine.waiting and len(engine.rows) + len(entering) < engine.max_batch
+           and tokens < PREFILL_TOKENS):
         request = engine.waiting.popleft()
-        fresh = request.prompt not in engine.prefixes and all(request.prompt != e.prompt for e in entering)
+        fresh = (request.prompt not in engine.prefixes
+                 and all(request.prompt != e.prompt for e in entering))
         tokens += len(request.prompt) * fresh
         entering.append(request)
     if not entering:
@@ -430,7 +467,8 @@ def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     for request, token in zip(entering, _choose(entering, logits, _dials(entering, logits.device))):
         call = _take(engine, request, token)
         snapshot = engine.prefixes[request.prompt][0]
-        if request.finish_reason is None and not _start_tool(engine, request, call, lambda s=snapshot: s):
+        parked = _start_tool(engine, request, call, lambda s=snapshot: s)
+        if request.finish_reason is None and not parked:
             _enter(engine, request, snapshot)
 
 
@@ -447,7 +485,8 @@ def _dials(requests: list[Request], device: torch.device) -> tuple[Tensor, Tenso
             torch.tensor([r.top_p for r in requests], device=device))
 
 
-def _choose(requests: list[Request], logits: Tensor, dials: tuple[Tensor, Tensor, Tensor]) -> list[int]:
+def _choose(requests: list[Request], logits: Tensor,
+            dials: tuple[Tensor, Tensor, Tensor]) -> list[int]:
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, *dials).tolist()
 
@@ -462,7 +501,8 @@ def _decode(engine: Engine) -> None:
     gone = []
     for i, (request, token) in enumerate(zip(rows, _choose(rows, logits, engine._plan))):
         call = _take(engine, request, token)
-        if request.finish_reason or _start_tool(engine, request, call, lambda i=i: cache.snapshot(i)):
+        if request.finish_reason or _start_tool(engine, request, call,
+                                                lambda i=i: cache.snapshot(i)):
             gone.append(i)
     for i in reversed(gone):
         _leave(engine, i)
@@ -484,8 +524,10 @@ def _leave(engine: Engine, row: int) -> None:
     engine._plan = None
 
 # %% ../nbs/08_inference.ipynb #start-tool
-def _start_tool(engine: Engine, request: Request, call: str | None, snapshot: Callable[[], Snapshot]) -> bool:
-    """Answer a tool call. True if the row must wait for a program: `snapshot()` is then kept for its return."""
+def _start_tool(engine: Engine, request: Request, call: str | None,
+                snapshot: Callable[[], Snapshot]) -> bool:
+    """Answer a tool call. True if the row must wait for a program: `snapshot()` is then kept for
+    its return."""
     if not call or request.finish_reason:
         return False
     result = calculate(call)
@@ -521,18 +563,19 @@ def _cancel(engine: Engine, number: int) -> None:
                 _leave(engine, engine.rows.index(request))
 
 
-def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int,
-              seed: int | Sequence[int], dials: dict) -> list[list[Completion]]:
+def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+              num_samples: int, seed: int | Sequence[int], dials: dict) -> list[list[Completion]]:
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts) or num_samples < 1:
-        raise UserError(f"{len(seeds)} seeds and {num_samples} samples for {len(prompts)} prompts: need one seed or "
-                        "one for each prompt, and at least one sample")
+        raise UserError(f"{len(seeds)} seeds and {num_samples} samples for {len(prompts)} "
+                        "prompts: need one seed or one for each prompt, and at least one sample")
     requests: list[list[Request]] = []
     try:
         for prompt, s in zip(prompts, seeds):
             requests.append([])
             for i in range(num_samples):
-                requests[-1].append(_submit(engine, prompt, max_new_tokens, seed=s, sample=i, **dials))
+                requests[-1].append(_submit(engine, prompt, max_new_tokens, seed=s, sample=i,
+                                            **dials))
         _run_until_done(engine, [r for group in requests for r in group])
     finally:
         for request in (r for group in requests for r in group):
@@ -559,8 +602,10 @@ def _stream(engine: Engine, prompt: Sequence[int], options: dict) -> Iterator[in
         engine._events.pop(number, None)
 
 # %% ../nbs/08_inference.ipynb #chat-prompt
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *, max_len: int) -> tuple[list[int], int]:
-    """(ids that prime the assistant, turns dropped): the newest turns of `messages` that fit into `max_len` tokens.
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *,
+                max_len: int) -> tuple[list[int], int]:
+    """(ids that prime the assistant, turns dropped): the newest turns of `messages` that fit into
+    `max_len` tokens.
 
     Raises UserError when the last question alone does not fit.
     """
@@ -573,7 +618,8 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *, max_len: int)
         ids = tokenizer.render_for_completion({"messages": system + turns[dropped:]})
         if len(ids) <= max_len:
             return ids, dropped
-    raise UserError(f"the last message has {len(ids)} tokens and there is room for {max_len}: shorten it")
+    raise UserError(f"the last message has {len(ids)} tokens and there is room for {max_len}: "
+                    "shorten it")
 
 # %% ../nbs/08_inference.ipynb #textstream
 _KINDS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
@@ -585,7 +631,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.kind = tokenizer, "text"
-        self.changes = {tokenizer.special(n): k for n, k in _KINDS.items()} | {tokenizer.special(n): "text" for n in _ENDS}
+        kinds = _KINDS | dict.fromkeys(_ENDS, "text")
+        self.changes = {tokenizer.special(name): kind for name, kind in kinds.items()}
         self.silent = {tokenizer.special(n) for n in ("<|bos|>", "<|user_start|>", "<|user_end|>",
                                                       "<|assistant_start|>", "<|assistant_end|>")}
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -601,7 +648,8 @@ class TextStream:
 
 
 def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
-    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …, "text": str}, …]`."""
+    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
+    "text": str}, …]`."""
     stream, parts = TextStream(tokenizer), []
     for kind, text in [*map(stream.feed, ids), stream.feed(tokenizer.special("<|assistant_end|>"))]:
         if text and parts and parts[-1]["type"] == kind:
@@ -625,7 +673,8 @@ def best_stage(run: str | Path) -> str:
     have = [s for s in STAGES if latest_checkpoint(folder / s) is not None]
     finished = [s for s in have if (folder / s / "summary.json").exists()]
     if not have:
-        raise UserError(f"the run at {folder} has no trained model yet; continue it with: bash run_all.sh")
+        raise UserError(f"the run at {folder} has no trained model yet; "
+                        "continue it with: bash run_all.sh")
     return (finished or have)[0]
 
 # %% ../nbs/08_inference.ipynb #show
@@ -637,7 +686,8 @@ def _show(tokenizer: Tokenizer, tokens: Iterator[int]) -> list[int]:
         new_kind, text = stream.feed(token)
         if text:
             if new_kind != kind:
-                print("]" * (new_kind == "text"), "[" * (kind == "text"), " = " * (new_kind == "python_output"), sep="", end="")
+                print("]" * (new_kind == "text"), "[" * (kind == "text"),
+                      " = " * (new_kind == "python_output"), sep="", end="")
             kind = new_kind
             print(text, end="", flush=True)
     print("]" if kind != "text" else "")
@@ -670,9 +720,11 @@ def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> N
         elif said.strip():
             history.append({"role": "user", "content": said})
             try:
-                ids = _show(engine.tokenizer, engine.stream(_prompt(engine, stage, history, room), **dials))
-                history.append({"role": "assistant", "content": completion_parts(engine.tokenizer, ids)})
-            except (UserError, KeyboardInterrupt) as error:      # Ctrl-C ends the answer, not the chat
+                ids = _show(engine.tokenizer, engine.stream(_prompt(engine, stage, history, room),
+                                                            **dials))
+                history.append({"role": "assistant",
+                                "content": completion_parts(engine.tokenizer, ids)})
+            except (UserError, KeyboardInterrupt) as error:  # Ctrl-C ends the answer, not the chat
                 if prompt is not None:
                     raise
                 history.pop()
@@ -683,17 +735,22 @@ def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> N
 # %% ../nbs/08_inference.ipynb #main
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m nanochat_nb.inference", description="Talk to a trained model.")
-    parser.add_argument("--run", default="runs/laptop", help="the run's folder (default: %(default)s)")
-    parser.add_argument("--stage", default="", help="base, sft or rl (default: the last one finished)")
+    parser = argparse.ArgumentParser(prog="python -m nanochat_nb.inference",
+                                     description="Talk to a trained model.")
+    parser.add_argument("--run", default="runs/laptop",
+                        help="the run's folder (default: %(default)s)")
+    parser.add_argument("--stage", default="",
+                        help="base, sft or rl (default: the last one finished)")
     parser.add_argument("-p", "--prompt", help="answer this and leave; without it, chat")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 always takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.6,
+                        help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="0 turns it off")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tools", default="calculator", choices=["calculator", "python", "none"])
-    parser.add_argument("--device", default="", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", default="",
+                        help="cpu, cuda or mps (default: the best there is)")
     a = parser.parse_args(arguments)
     from nanochat_nb.checkpoint import load_model
     if a.stage and a.stage not in STAGES:
@@ -706,7 +763,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dials = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     if a.prompt is None:
         print(f"{a.run}, stage {stage}. /new begins anew, Ctrl-D leaves.", file=sys.stderr)
-    chat(Engine(model, tokenizer, max_batch=1), stage, prompt=a.prompt, tools=a.tools.replace("none", ""), **dials)
+    chat(Engine(model, tokenizer, max_batch=1), stage, prompt=a.prompt,
+         tools=a.tools.replace("none", ""), **dials)
 
 
 if __name__ == "__main__" and __spec__ is not None:
