@@ -218,8 +218,9 @@ def percent(value: float | None) -> str:
 
 
 def task_names(report: dict, stages: Sequence[str] = ("sft", "rl")) -> list[str]:
-    """All chat tasks that any of `stages` was scored on, in the order they ran."""
-    return list(dict.fromkeys(name for stage in stages for name in report["tasks"].get(stage, {})))
+    """All chat tasks that any of `stages` was scored on, in the order of `TITLES`."""
+    found = {name for stage in stages for name in report["tasks"].get(stage, {})}
+    return [name for name in TITLES if name in found]
 
 
 def task_rows(report: dict) -> list[list[str]]:
