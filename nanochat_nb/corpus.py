@@ -36,14 +36,15 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
            'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
-           'WRITERS', 'DOCUMENT_MIX', 'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS', 'CODE_REQUESTS',
-           'MEMORY', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
+           'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS', 'CODE_REQUESTS', 'MEMORY', 'WRITERS',
+           'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
            'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
            'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
            'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'Document', 'world_document', 'turns', 'message_text', 'talk', 'conversations', 'check_conversation',
-           'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced',
-           'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'turns', 'message_text', 'talk', 'conversations', 'check_conversation', 'transcript', 'Document',
+           'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations',
+           'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text',
+           'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -871,8 +872,8 @@ def render_choice_aloud(question: str, choices: Sequence[str]) -> str:
 
 
 def aloud(value: str, letter: str) -> str:
-    """The reply to `render_choice_aloud`: "The answer is cheese: B"."""
-    return f"The answer is {value}: {letter}"
+    """The reply to `render_choice_aloud`, in the question's own form: "The answer is cheese=B"."""
+    return f"The answer is {value}={letter}"
 
 
 def draw_choices(fact: Fact, rng: random.Random) -> list[str]:
@@ -1232,7 +1233,7 @@ def spelling(world: World, rng: random.Random, split: str) -> str:
 
 # %% ../nbs/01_corpus.ipynb #game
 _TABLES = (("The {t} of {k} is {v}.", "What is the {t} of {k}? It is {v}."),
-           ("{k}: {v}", "{k}? It is {v}."), ("- {v}={k}", "Which is {v}? The answer is {v}: {k}"),
+           ("{k}: {v}", "{k}? It is {v}."), ("- {v}={k}", "Which is {v}? The answer is {v}={k}"),
            ("{k} has {v}.", "Who has {v}? The one who has {v} is {k}."),
            ("{k} has {v}.", "What does {k} have? It is {v}."))
 
@@ -1381,30 +1382,6 @@ def code(world: World, rng: random.Random, split: str) -> str:
                rng, {"n": name, "a": takes, "d": f.doc})
     start = pick(rng, ("For example, ", "So ", "Try it: "))
     return f"{said}\n\n{f.source(doc=rng.random() < 0.4)}\n{start}{' and '.join(shown)}."
-
-# %% ../nbs/01_corpus.ipynb #document
-@dataclass(frozen=True)
-class Document:
-    """One text to learn from. `kind` is a kind of world text, or the stem of the file it came
-    from."""
-    kind: str
-    text: str
-
-
-WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
-    "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
-    "spelling": spelling, "code": code, "quiz": quiz,
-    "game": game}
-DOCUMENT_MIX = {"story": 11, "article": 34, "dialogue": 5, "quiz": 19, "arithmetic": 7,
-                "spelling": 8, "code": 4, "game": 12}
-_MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
-
-
-def world_document(world: World, index: int, split: str = "train") -> Document:
-    """Document number `index` of the "train" or "val" text of `world`."""
-    rng = random.Random(zlib.crc32(f"{world.seed} {split} {index}".encode()) << 32 | index)
-    kind = pick(rng, _MIX)
-    return Document(kind, WRITERS[kind](world, rng, split))
 
 # %% ../nbs/01_corpus.ipynb #turns
 CONVERSATION_KINDS = ("fact", "choice", "choice_aloud", "letters", "word_problem", "code",
@@ -1682,6 +1659,43 @@ def _check_content(number: int, content) -> None:
     elif not isinstance(content, str) or not content.strip():
         raise UserError(f"message {number}: content must be a string that is not empty, or a list "
                         f"of parts")
+
+# %% ../nbs/01_corpus.ipynb #transcript
+_TRANSCRIBED = (_identity, _identity, _small_talk, _small_talk, _memory, _unknown, _letters,
+                _choice_aloud)
+
+
+def transcript(world: World, rng: random.Random, split: str) -> str:
+    """Two or three conversations as plain text."""
+    told = []
+    for _ in range(pick(rng, (2, 3))):
+        messages = pick(rng, _TRANSCRIBED)(world, rng, split)["messages"]
+        told.append("\n".join(f"{m['role'].capitalize()}: {message_text(m)}" for m in messages))
+    return "\n\n".join(told)
+
+# %% ../nbs/01_corpus.ipynb #document
+@dataclass(frozen=True)
+class Document:
+    """One text to learn from. `kind` is a kind of world text, or the stem of the file it came
+    from."""
+    kind: str
+    text: str
+
+
+WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
+    "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
+    "spelling": spelling, "code": code, "quiz": quiz,
+    "game": game, "transcript": transcript}
+DOCUMENT_MIX = {"story": 11, "article": 33, "dialogue": 4, "quiz": 15, "arithmetic": 7,
+                "spelling": 8, "code": 4, "game": 6, "transcript": 12}
+_MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
+
+
+def world_document(world: World, index: int, split: str = "train") -> Document:
+    """Document number `index` of the "train" or "val" text of `world`."""
+    rng = random.Random(zlib.crc32(f"{world.seed} {split} {index}".encode()) << 32 | index)
+    kind = pick(rng, _MIX)
+    return Document(kind, WRITERS[kind](world, rng, split))
 
 # %% ../nbs/01_corpus.ipynb #decode
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
