@@ -1686,8 +1686,8 @@ WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
     "spelling": spelling, "code": code, "quiz": quiz,
     "game": game, "transcript": transcript}
-DOCUMENT_MIX = {"story": 11, "article": 33, "dialogue": 4, "quiz": 15, "arithmetic": 7,
-                "spelling": 8, "code": 4, "game": 6, "transcript": 12}
+DOCUMENT_MIX = {"story": 11, "article": 35, "dialogue": 4, "quiz": 17, "arithmetic": 7,
+                "spelling": 8, "code": 4, "game": 8, "transcript": 6}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 
