@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .corpus import open_text
@@ -29,11 +32,11 @@ from .tokenizer import Tokenizer, run_tokenizer
 # %% auto #0
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
            'UNIMPORTANT', 'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base',
-           'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'training_steps', 'save',
-           'stop', 'update', 'finish', 'documents_needed', 'prepare_tokens', 'check_rows', 'check_enough',
-           'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run',
-           'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'due', 'peak_flops', 'pretrain',
-           'say', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
+           'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps',
+           'save', 'due', 'stop', 'update', 'finish', 'documents_needed', 'on_rank_zero', 'prepare_tokens',
+           'check_rows', 'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts',
+           'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates',
+           'data_sheet', 'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -58,7 +61,10 @@ def best_batch(*, reference_tokens: float, tokens: float = 0, steps: int = 0) ->
 
 # %% ../nbs/11_pretraining.ipynb #best-lr-scale
 def best_lr_scale(*, batch: float, tokens: float, reference_tokens: float) -> float:
-    """Factor on all learning rates, 1 at the reference: √batch, and more in runs shorter than the reference, up to 1."""
+    """Factor on all learning rates, 1 at the reference.
+
+    √batch, and more in runs shorter than the reference, up to 1.
+    """
     scale = math.sqrt(batch / REFERENCE_BATCH)
     short = max(1.0, (reference_tokens / tokens) ** HORIZON_EXPONENT)
     return max(scale, min(1.0, scale * short))
@@ -80,8 +86,8 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, t
               warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
     """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
 
-    `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for values that cannot
-    be meant: ratio 0, negative counts.
+    `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for
+    values that cannot be meant: ratio 0, negative counts.
     """
     _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale)
     parameters = scaling_parameters(config)
@@ -142,10 +148,10 @@ def decay_multiplier(step: int, steps: int) -> float:
 
 # %% ../nbs/11_pretraining.ipynb #accumulate
 def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime, micro_batch_rows: int) -> float:
-    """Backward through this rank's rows, a few at a time; returns the mean loss per target of the global batch.
+    """Backward through this rank's rows, a few at a time; the mean loss per target of the batch.
 
-    `idx`, `targets`: (rows, T) of this rank. Gradients are left such that their average over ranks, which the
-    optimizer takes, is the gradient of that mean loss.
+    The batch is the global one. `idx`, `targets`: (rows, T) of this rank. Gradients are left such
+    that their average over ranks, which the optimizer takes, is the gradient of that mean loss.
     """
     count = rt.sum(float((targets >= 0).sum()))[0]
     total = torch.zeros((), device=rt.device)
@@ -158,15 +164,17 @@ def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime, 
 
 # %% ../nbs/11_pretraining.ipynb #trainingloop
 class TrainingLoop:
-    """Resume, metrics, checkpoints and summary of one training stage; iterate over it to get the steps to do.
+    """Resume, metrics, checkpoints and summary of a training stage; `training_steps` gives its steps.
 
-    `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is moved to
-    `STAGE.old`. `meta` goes into every checkpoint.
+    `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
+    moved to `STAGE.old`. `meta` goes into every checkpoint.
     """
 
-    def __init__(self, stage: str, folder: Path, rt: Runtime, *, model: GPT, optimizer, steps: int, recipe: dict,
-                 meta: dict, save_every: int = 0, save_seconds: float = 60.0, keep: int = 2):
-        self.stage, self.folder, self.rt, self.model, self.optimizer = stage, Path(folder), rt, model, optimizer
+    def __init__(self, stage: str, folder: Path, rt: Runtime, *, model: GPT, optimizer, steps: int,
+                 recipe: dict, meta: dict, save_every: int = 0, save_seconds: float = 60.0,
+                 keep: int = 2):
+        self.stage, self.folder, self.rt = stage, Path(folder), rt
+        self.model, self.optimizer = model, optimizer
         self.steps, self.recipe, self.meta = steps, recipe, meta
         self.save_every, self.save_seconds, self.keep = save_every, save_seconds, keep
         self.metrics = MetricsLog(self.folder / "metrics" / f"{stage}.jsonl", write=rt.is_main)
@@ -188,10 +196,14 @@ class TrainingLoop:
         if found:
             self.model.load_state_dict(found.model_state)
             self.optimizer.load_full_state(found.optimizer_state)
-            self.step = found.step
-            self.tokens, self.flops, self.earlier = (found.meta["loop"][k] for k in ("tokens", "flops", "seconds"))
-            if self.rt.is_main:
-                print(f"{self.stage}: resumed at step {self.step} of {self.steps}", flush=True)
+            self.step, so_far = found.step, found.meta["loop"]
+            self.tokens, self.flops, self.earlier = (
+                so_far[k] for k in ("tokens", "flops", "seconds"))
+            say(self, f"resumed at step {self.step} of {self.steps}")
+            before, now = so_far.get("dtype"), str(self.rt.dtype)
+            if before not in (None, now):
+                say(self, f"it was computed in {before} so far and goes on in {now}: the result is "
+                          "not exactly that of an uninterrupted run")
         self.metrics.cut(self.step)
         self.rt.barrier()
 
@@ -201,44 +213,64 @@ class TrainingLoop:
             old = path.with_name(path.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
-            print(f"{self.stage}: the checkpoint there was made with other parameters or inputs; moved to {old.name}, "
-                  "starting afresh", flush=True)
+            say(self, "the checkpoint there was made with other parameters or inputs; moved to "
+                      f"{old.name}, starting afresh")
         self.rt.barrier()
+
+
+def say(loop: TrainingLoop, line: str) -> None:
+    """Print a line on rank 0, above the progress bar."""
+    if loop.rt.is_main:
+        print(f"{loop.stage}: {line}", flush=True)
 
 # %% ../nbs/11_pretraining.ipynb #training-steps
 def training_steps(loop: TrainingLoop) -> Iterator[int]:
-    """The steps that are left. Saves after every `save_every`, after `save_seconds`, and at the end."""
-    saved = time.monotonic()
+    """The steps that are left.
+
+    Saves after every `save_every`, at the end, and by the clock: after `save_seconds`, or after 20
+    times what the last save took, if that is longer.
+    """
+    saved, wait = time.monotonic(), loop.save_seconds
     with progress(total=loop.steps, initial=loop.step, what=loop.stage) as loop.bar:
         while loop.step < loop.steps:
             yield loop.step
             loop.step += 1
             loop.bar.update()
-            late = loop.rt.broadcast(time.monotonic() - saved > loop.save_seconds)
-            if late or loop.step == loop.steps or (loop.save_every and loop.step % loop.save_every == 0):
+            late = loop.rt.broadcast(time.monotonic() - saved > wait)
+            if late or loop.step == loop.steps or due(loop.step, loop.save_every):
+                began = time.monotonic()
                 save(loop)
                 saved = time.monotonic()
+                wait = max(loop.save_seconds, 20 * (saved - began))
 
 
 def save(loop: TrainingLoop) -> None:
     """Write a checkpoint of the present step. Raises UserError when a weight is not finite."""
     if not all(torch.isfinite(p).all() for p in loop.model.parameters()):
         stop(loop, "a weight is not finite")
-    progress_so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds}
-    save_checkpoint(loop.folder / loop.stage, loop.step, model=loop.model, optimizer=loop.optimizer, rt=loop.rt,
-                    keep=loop.keep, meta=loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": progress_so_far})
+    so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds,
+              "dtype": str(loop.rt.dtype)}
+    meta = loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": so_far}
+    save_checkpoint(loop.folder / loop.stage, loop.step, model=loop.model, rt=loop.rt, meta=meta,
+                    optimizer=loop.optimizer, keep=loop.keep)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is due at this step."""
+    return every > 0 and step > 0 and step % every == 0
 
 # %% ../nbs/11_pretraining.ipynb #stop
 def stop(loop: TrainingLoop, what: str):
     """Raise the UserError that ends a run gone wrong."""
     last = latest_checkpoint(loop.folder / loop.stage)
     raise UserError(f"{loop.stage}: {what} at step {loop.step}; the last good checkpoint is "
-                    f"{Path(last).name if last else 'none yet'}. Lower the learning rates (lr_scale) or look at the data; "
-                    "running again resumes from there")
+                    f"{Path(last).name if last else 'none yet'}. Lower the learning rates "
+                    "(lr_scale) or look at the data; running again resumes from there")
 
 
-def update(loop: TrainingLoop, loss: float, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-    """One optimizer step with the gradients that are there; `lr` multiplies each group's initial one.
+def update(loop: TrainingLoop, loss: float, *, lr: float, momentum: float = 0.95,
+           weight_decay: float = 0.0) -> None:
+    """One optimizer step with the gradients that are there; `lr` multiplies each group's rate.
 
     Raises UserError when `loss` is not finite.
     """
@@ -254,8 +286,9 @@ def update(loop: TrainingLoop, loss: float, *, lr: float, momentum: float = 0.95
 # %% ../nbs/11_pretraining.ipynb #finish
 def finish(loop: TrainingLoop, metrics: dict, parameters: dict, **extra) -> dict:
     """Write `STAGE/summary.json` and return it, with the run's folder."""
-    summary = {"stage": loop.stage, "metrics": metrics, "parameters": parameters, "seconds": loop.seconds,
-               "tokens": loop.tokens, "flops": loop.flops, "steps": loop.steps, "world_size": loop.rt.world_size,
+    summary = {"stage": loop.stage, "metrics": metrics, "parameters": parameters,
+               "seconds": loop.seconds, "tokens": loop.tokens, "flops": loop.flops,
+               "steps": loop.steps, "world_size": loop.rt.world_size,
                "peak_memory_bytes": max(loop.rt.gather(peak_memory_bytes())), **extra}
     if loop.rt.is_main:
         write_json(loop.folder / loop.stage / "summary.json", summary)
@@ -273,16 +306,41 @@ def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: in
     return math.ceil(1.05 * tokens / mean)
 
 
-def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], documents: int, seed: int, tokens: int,
-                   rt: Runtime) -> tuple[Shards, Shards]:
-    """The training and validation shards of a run, written by rank 0 unless they are there."""
+def on_rank_zero(work: Callable[[], None], rt: Runtime) -> None:
+    """Do `work` on rank 0 while the other ranks wait, for days if need be.
+
+    An error there ends every rank: rank 0 with the error itself, the others with a UserError.
+    """
+    if rt.world_size == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    error = None
     if rt.is_main:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    said = [error and str(error)]
+    dist.broadcast_object_list(said, src=0, group=group)
+    dist.destroy_process_group(group)
+    if said[0] is not None:
+        raise error or UserError(said[0])
+
+
+def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], documents: int,
+                   seed: int, tokens: int, rt: Runtime) -> tuple[Shards, Shards]:
+    """The training and validation shards of a run, written by rank 0 unless they are there."""
+    def write() -> None:
+        count = documents
         if "world" in text and not documents:
-            documents = documents_needed(tokenizer, tokens, seed=seed)
-        source = open_text(text, documents=documents, seed=seed, shards=math.ceil(1.05 * tokens / SHARD_TOKENS))
+            count = documents_needed(tokenizer, tokens, seed=seed)
+        source = open_text(text, documents=count, seed=seed,
+                           shards=math.ceil(1.05 * tokens / SHARD_TOKENS))
         for split in ("train", "val"):
-            write_shards(source.documents(split), tokenizer, folder / split, source=f"{split} {source.fingerprint()}")
-    rt.barrier()
+            write_shards(source.documents(split), tokenizer, folder / split,
+                         source=f"{split} {source.fingerprint()}")
+
+    on_rank_zero(write, rt)
     return open_shards(folder / "train"), open_shards(folder / "val")
 
 # %% ../nbs/11_pretraining.ipynb #check-rows
@@ -376,30 +434,33 @@ UNIMPORTANT = {"run", "documents", "micro_batch_rows", "eval_every", "eval_batch
 
 
 def recipe(parameters: dict, **inputs) -> dict:
-    """What decides a run's result: its parameters without those that only watch or save, and its inputs' hashes."""
+    """What decides a run's result: its parameters and its inputs' hashes.
+
+    Without the parameters that only watch or save, or say where and in which format to compute.
+    """
     return {k: v for k, v in parameters.items() if k not in UNIMPORTANT} | inputs
 
 
 def learning_rates(scale: float) -> dict:
     """nanochat's learning rates at depth 12 and 2¹⁹ tokens a step, times `scale`."""
-    return {"matrix_lr": 0.02 * scale, "embedding_lr": 0.3 * scale, "unembedding_lr": 0.008 * scale, "scalar_lr": 0.5 * scale}
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something done every `every` steps (0: never) happens before this step."""
-    return every > 0 and step > 0 and step % every == 0
+    return {"matrix_lr": 0.02 * scale, "embedding_lr": 0.3 * scale,
+            "unembedding_lr": 0.008 * scale, "scalar_lr": 0.5 * scale}
 
 # %% ../nbs/11_pretraining.ipynb #peak-flops
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L4": 121e12, "A10": 125e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12}
+PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+              "A10": 125e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12}
+
+
+def data_sheet(name: str) -> float | None:
+    """Dense bf16 operations per second of the GPU called `name`; None where we do not know it."""
+    return next((flops for known, flops in PEAK_FLOPS.items()
+                 if re.search(rf"\b{known}\b", name)), None)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations per second by the data sheet; None where we do not know it (CPUs among them)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    """The data sheet's operations per second of a device; None where unknown, as for CPUs."""
+    return data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 # %% ../nbs/11_pretraining.ipynb #pretrain
 def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: Shards, val: Shards, p: dict) -> dict:
@@ -424,13 +485,8 @@ def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: S
     return finish(loop, base_metrics(loop), p, plan=asdict(plan), mfu=mfu(loop))
 
 # %% ../nbs/11_pretraining.ipynb #say
-def say(loop: TrainingLoop, line: str) -> None:
-    """Print a line on rank 0, above the progress bar."""
-    if loop.rt.is_main:
-        print(f"{loop.stage}: {line}", flush=True)
-
-
-def pretraining_step(loop: TrainingLoop, net, batch, plan: Plan, flops: float, micro_batch_rows: int) -> None:
+def pretraining_step(loop: TrainingLoop, net, batch, plan: Plan, flops: float,
+                     micro_batch_rows: int) -> None:
     """One step: gradients of the global batch, the schedules, the update, a row of metrics."""
     began = time.monotonic()
     loss = accumulate(net, *batch, rt=loop.rt, micro_batch_rows=micro_batch_rows)

@@ -96,10 +96,14 @@ def conversation_loss(model, packed: PackedRows, *, rt: Runtime, micro_batch_row
 
 # %% ../nbs/12_sft.ipynb #prepare-base
 def prepare_base(run: str, folder: Path, rt: Runtime):
-    """(model, tokenizer, meta, optimizer state) of the run's base checkpoint; a scratch run trains one in miniature."""
+    """(model, tokenizer, meta, optimizer state) of the run's base checkpoint.
+
+    A scratch run trains one in miniature.
+    """
     if not run and rt.broadcast(not (folder / "base").exists()):
         prepare_tokenizer(run, folder, rt)
-        run_base(run=str(folder), device=rt.device.type, dtype=str(rt.dtype).removeprefix("torch."))
+        dtype = str(rt.dtype).removeprefix("torch.")
+        run_base(run=str(folder), device=rt.device.type, dtype=dtype)
     model, tokenizer, meta = load_model(folder, stage="base", device=rt.device, dtype=rt.dtype)
     return model, tokenizer, meta, load_checkpoint(folder / "base").optimizer_state
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,35 @@ def test_other_parameters_do_not_continue_a_checkpoint(whole, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "base.old").step == 9
 
 
+def test_another_number_format_is_said(whole, tmp_path, capsys):
+    """A run may go on in another one, as on another machine, but not silently."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    pretraining.run_base(run=str(tmp_path), **BASE)
+    assert "goes on in" not in capsys.readouterr().out
+    pretraining.run_base(run=str(tmp_path), **BASE | dict(dtype="bfloat16"))
+    assert "in torch.float32 so far and goes on in torch.bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cost", [0.5, 30.0])
+def test_saving_takes_at_most_a_twentieth_of_the_time(monkeypatch, cost):
+    """A quick save is made every minute, a slow one when twenty times its duration has gone by."""
+    clock, saves = [0.0], []
+
+    def save(loop):
+        saves.append(clock[0])
+        clock[0] += cost
+
+    monkeypatch.setattr(pretraining, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(pretraining, "save", save)
+    loop = SimpleNamespace(stage="base", steps=2000, step=0, save_seconds=60.0, save_every=0,
+                           rt=SimpleNamespace(broadcast=lambda value: value))
+    for _ in pretraining.training_steps(loop):
+        clock[0] += 1.0
+    gaps = [b - a - cost for a, b in zip(saves[:-1], saves[1:-1])]     # the last save is that of the end
+    wanted = max(60.0, 20 * cost)
+    assert 60 <= saves[0] <= 62 and len(gaps) >= 2 and all(wanted <= gap <= wanted + 2 for gap in gaps)
+
+
 def test_micro_batches_do_not_change_the_loss(whole, tmp_path):
     for stage in ("base", "sft"):
         run_stage, options, _ = STAGES[stage]
@@ -219,6 +249,11 @@ for stage in {stages!r}:
 def on_two_ranks(folder: Path, stages: list[str]) -> None:
     script = folder / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), stages=stages, folder=str(folder)), "utf-8")
+    on_ranks(script)
+
+
+def on_ranks(script: Path) -> None:
+    """Run a script on two gloo ranks."""
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
                    check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
@@ -243,3 +278,31 @@ def test_rl_on_two_ranks(whole, tmp_path):
     one, two = rows(whole, "rl"), rows(folder, "rl")
     assert [r for r in one if r["step"] == 0] == [pytest.approx(r, abs=1e-4) for r in two if r["step"] == 0]
     assert len(one) == len(two)
+
+
+WAITING = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from nanochat_nb.pretraining import on_rank_zero
+from nanochat_nb.runtime import UserError, start_runtime
+dist.init_process_group("gloo", timeout=timedelta(seconds=10))     # half an hour, made short
+rt, done = start_runtime("cpu", "float32"), []
+on_rank_zero(lambda: (time.sleep(15), done.append(rt.rank)), rt)
+assert rt.gather(done) == [[0], []], "rank 0 works, and alone"
+def fail():
+    raise UserError("the disk is full")
+try:
+    on_rank_zero(fail, rt)
+    raise SystemExit("nothing was raised")
+except UserError as error:
+    assert "the disk is full" in str(error)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_wait_for_rank_zero_longer_than_a_collective_would(tmp_path):
+    """However long rank 0 tokenizes; and its error is everybody's, so that none waits for ever."""
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING, "utf-8")
+    on_ranks(script)
