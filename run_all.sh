@@ -74,7 +74,11 @@ chat() {
       *) rest+=("$1"); shift ;;
     esac
   done
-  case $run in */*) cd "$from"; run=$(realpath "$run") ;; *) run=$here/runs/$run ;; esac
+  [ -n "$run" ] || fail "--run needs a name"
+  case $run in
+    */*) cd "$from"; [ -d "$run" ] || fail "there is no folder $run; --run NAME means runs/NAME"; run=$(realpath "$run") ;;
+    *) run=$here/runs/$run ;;
+  esac
   [ -d "$run/base" ] || fail "there is no trained model in $(basename "$run"); run \`bash run_all.sh\` first, or give --run NAME"
   cd "$here"
   exec "$bin/python" -m nanochat_nb.ui --run "$run" ${rest[@]+"${rest[@]}"}

@@ -23,10 +23,10 @@ from .runtime import UserError, generator, nearest, seed_of
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'Snapshot', 'prefill', 'next_logits', 'BatchCache', 'RowCache',
-           'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools',
-           'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'chat_prompt', 'TextStream',
-           'completion_parts', 'best_stage', 'chat', 'main']
+__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
+           'BatchCache', 'RowCache', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python',
+           'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'chat_prompt',
+           'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -660,6 +660,14 @@ def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
 
 # %% ../nbs/08_inference.ipynb #best-stage
 STAGES = ("rl", "sft", "base")                               # best first
+TEMPERATURE = 0.6                                            # where nobody asks for another
+
+
+def run_folder(run: str) -> Path:
+    """The folder that `--run` means: `run` itself, or runs/NAME of this project for a bare name
+    that is no folder here."""
+    from nanochat_nb.launch import run_path
+    return Path(run) if "/" in run or run and Path(run).is_dir() else run_path(run)
 
 
 def best_stage(run: str | Path) -> str:
@@ -706,7 +714,8 @@ def _prompt(engine: Engine, stage: str, history: list[dict], room: int) -> list[
 
 # %% ../nbs/08_inference.ipynb #chat
 def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> None:
-    """Answer `prompt`, or chat until the end of input; `/new` forgets the conversation."""
+    """Answer `prompt`, or chat until `/quit` or the end of input; `/new` forgets the
+    conversation."""
     history: list[dict] = []
     room = engine.max_len - min(dials["max_new_tokens"], engine.max_len // 2)
     while True:
@@ -714,6 +723,8 @@ def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> N
             said = input("\nyou> ") if prompt is None else prompt
         except (EOFError, KeyboardInterrupt):
             print()
+            return
+        if prompt is None and said.strip() == "/quit":
             return
         if said.strip() == "/new":
             history = []
@@ -738,13 +749,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.inference",
                                      description="Talk to a trained model.")
     parser.add_argument("--run", default="runs/laptop",
-                        help="the run's folder (default: %(default)s)")
+                        help="the run's name or folder (default: %(default)s)")
     parser.add_argument("--stage", default="",
                         help="base, sft or rl (default: the last one finished)")
     parser.add_argument("-p", "--prompt", help="answer this and leave; without it, chat")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.6,
-                        help="0 always takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE,
+                        help="0 always takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="0 turns it off")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -757,12 +768,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"unknown stage {a.stage!r}{nearest(a.stage, STAGES)}")
     if a.prompt is not None and not a.prompt.strip():
         raise UserError("the prompt is empty")
-    best = best_stage(a.run)
+    run = run_folder(a.run)
+    best = best_stage(run)
     stage = a.stage or best
-    model, tokenizer, _ = load_model(a.run, stage=stage, device=a.device or None)
+    model, tokenizer, _ = load_model(run, stage=stage, device=a.device or None)
     dials = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     if a.prompt is None:
-        print(f"{a.run}, stage {stage}. /new begins anew, Ctrl-D leaves.", file=sys.stderr)
+        print(f"{a.run}, stage {stage}. /new begins anew, /quit leaves.", file=sys.stderr)
     chat(Engine(model, tokenizer, max_batch=1), stage, prompt=a.prompt,
          tools=a.tools.replace("none", ""), **dials)
 

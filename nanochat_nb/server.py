@@ -30,7 +30,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .checkpoint import latest_checkpoint, load_model
-from .inference import STAGES, Engine, Event, TextStream, chat_prompt
+from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
+                                   run_folder)
 from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer
 
@@ -611,7 +612,7 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
     """The engine's keyword arguments. Without a seed each request draws a fresh one."""
     return {"max_new_tokens": min(wanted, room), "top_k": body.top_k, "top_p": body.top_p,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": TEMPERATURE if body.temperature is None else body.temperature,
             "seed": secrets.randbits(48) if body.seed is None else body.seed}
 
 # %% ../nbs/16_server.ipynb #create-app
@@ -725,7 +726,9 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
 
 # %% ../nbs/16_server.ipynb #check-port
 def check_port(host: str, port: int) -> None:
-    """Raise UserError when something already listens there."""
+    """Raise UserError when something already listens there, or it is no port."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"there is no port {port}: they go from 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -745,7 +748,8 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
     check_port(host, port)
-    app = create_app(run, device=device, api_key=key, **({} if local else {"hosts": ("*",)}))
+    app = create_app(run_folder(run), device=device, api_key=key,
+                     **({} if local else {"hosts": ("*",)}))
     with app.state.pool.use():                  # load the default model now: errors come early
         pass
     print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1",
@@ -756,9 +760,10 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
 def main(argv: list[str] | None = None) -> None:
     """`python -m nanochat_nb.server --run runs/laptop --port 8000`"""
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.server", description=main.__doc__)
-    parser.add_argument("--run", default="runs/laptop", help="a run's folder, or a folder of runs")
+    parser.add_argument("--run", default="runs/laptop",
+                        help="a run's name, its folder, or a folder of runs")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--device", default=None,
                         help="cpu, cuda or mps; the best one present if absent")
     options = parser.parse_args(argv)

@@ -10,6 +10,7 @@ import html
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ SERVER = "http://127.0.0.1:8000"
 
 # %% auto #0
 __all__ = ['STATIC', 'SERVER', 'PREVIEW', 'LAB_EXTENSIONS', 'server_address', 'list_models', 'delta_parts', 'ask', 'ChatWidget',
-           'in_bundles', 'preview_page', 'preview', 'voila_command', 'wait_for', 'launch', 'stop_all', 'main']
+           'in_bundles', 'preview_page', 'preview', 'voila_command', 'wait_for', 'check_ports', 'launch', 'stop_all',
+           'main']
 
 # %% ../nbs/17_ui.ipynb #server-address
 def server_address(server: str | None = None) -> str:
@@ -139,9 +141,9 @@ class ChatWidget(anywidget.AnyWidget):
     def _ask(self, message: dict) -> None:
         stopped = self._stops[message["id"]] = threading.Event()
         events = ask(message["messages"], model=message["model"], server=self.server,
-                     stopped=stopped,
-                     temperature=0.7, top_k=50)
+                     stopped=stopped, top_k=50)
         try:
+            self.send({"type": "heard", "id": message["id"]})
             for event in in_bundles(events):
                 self.send(event | {"id": message["id"]})
         finally:
@@ -245,6 +247,20 @@ def wait_for(address: str, process: subprocess.Popen, log: Path, *, seconds: flo
     raise RuntimeError("\n".join(lines[-5:]) or f"no answer from {address} within {seconds:.0f} s")
 
 # %% ../nbs/17_ui.ipynb #launch
+def check_ports(port: int) -> None:
+    """Raise RuntimeError unless the page can listen on `port`, and the model on the next one."""
+    if not 1 <= port < 65535:
+        raise RuntimeError(f"--port {port}: choose one from 1 to 65534 (the model takes the next)")
+    for one in (port, port + 1):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", one))
+            except OSError as error:
+                raise RuntimeError(f"cannot listen on 127.0.0.1:{one} ({error.strerror}); "
+                                   "choose another --port") from error
+
+
 def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
     """Start the page on `port` and the model server on the next one, print the address, stop both
     when interrupted."""
@@ -259,6 +275,7 @@ def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))        # so that `finally` runs
     try:
+        check_ports(port)
         for name, command in commands.items():  # their own session: Ctrl-C reaches them through us
             with open(logs / f"{name}.log", "w") as log:
                 processes[name] = subprocess.Popen(command, env=env, stdout=log,
@@ -301,7 +318,8 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m nanochat_nb.ui --run runs/laptop`: the model server and the chat page, until
     Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.ui", description=main.__doc__)
-    parser.add_argument("--run", default="runs/laptop", help="a run's folder, or a folder of runs")
+    parser.add_argument("--run", default="runs/laptop",
+                        help="a run's name, its folder, or a folder of runs")
     parser.add_argument("--port", type=int, default=8866,
                         help="the page's port; the model server takes the next one")
     parser.add_argument("--device", default=None,

@@ -22,7 +22,7 @@ import uvicorn                                             # noqa: E402
 from nanochat_nb.corpus import open_text                   # noqa: E402
 from nanochat_nb.server import ScriptedEngine, create_app  # noqa: E402
 from nanochat_nb.tokenizer import Tokenizer                # noqa: E402
-from nanochat_nb.ui import STATIC, stop_all, voila_command  # noqa: E402
+from nanochat_nb.ui import STATIC, preview_page, stop_all, voila_command  # noqa: E402
 
 LONG = " ".join(f"word{i}" for i in range(60))
 HOSTILE = "<img src=x onerror=\"document.title='broken into'\"> **bold** `x < y`\n\n```python\nprint('<b>')\n```"
@@ -232,6 +232,76 @@ def test_a_phone(browser, page_address):
     page.click(".nc-menu")
     page.wait_for_selector(".nc-title", state="visible")
     context.close()
+
+
+@pytest.fixture
+def mute(browser):
+    """The widget with a model that notes what it is asked, and says nothing."""
+    page = browser.new_page()
+    page.clock.install()
+    page.set_content(preview_page([]).replace("running.add(said.id);", "window.asked = said; window.say = hear; return;"))
+    page.wait_for_selector(".nc-picker option", state="attached")
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("trouble", ["stop", "error", "empty"])
+def test_a_question_without_an_answer_is_left_out(mute, trouble):
+    send(mute, "first")
+    if trouble == "stop":
+        mute.click(".nc-send")
+    else:
+        mute.evaluate("say({type: %r, id: asked.id, message: 'too long', reason: 'stop'})"
+                      % {"error": "error", "empty": "done"}[trouble])
+    assert "left out" in mute.inner_text(".nc-assistant:last-child")
+    send(mute, "second")
+    assert mute.evaluate("asked.messages") == [{"role": "user", "content": "second"}]
+    mute.evaluate("say({type: 'delta', id: asked.id, parts: [{type: 'text', text: 'Yes.'}]})")
+    mute.evaluate("say({type: 'done', id: asked.id, reason: 'stop'})")
+    send(mute, "third")
+    assert [m["role"] for m in mute.evaluate("asked.messages")] == ["user", "assistant", "user"]
+
+
+def test_a_page_that_nothing_answers_says_so(mute):
+    send(mute, "are you there?")
+    assert not mute.is_visible(".nc-notice")
+    mute.clock.fast_forward(9000)
+    assert "run_all.sh chat" in mute.inner_text(".nc-notice") and mute.is_visible(".nc-notice button")
+    mute.evaluate("say({type: 'heard', id: asked.id})")
+    assert not mute.is_visible(".nc-notice")
+    assert mute.title() == "nanochat"
+
+
+def test_two_tabs_share_their_conversations(page, page_address):
+    other = page.context.new_page()
+    visit(other, page_address)
+    for tab, text in ((other, "hostile"), (page, "What is 12 times 37?")):
+        send(tab, text)
+        tab.wait_for_selector(".nc-assistant")
+        finished(tab)
+    for tab in (page, other):
+        tab.wait_for_function("() => document.querySelectorAll('.nc-entry').length === 2")
+    visit(page, page_address)
+    assert len(page.query_selector_all(".nc-entry")) == 2
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_port_in_use_is_the_reason_given(offset, root):
+    port = free_port(2)
+    with socket.create_server(("127.0.0.1", port + offset)):
+        done = start(root, port)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert f"error: cannot listen on 127.0.0.1:{port + offset} (" in done.stderr
+
+
+def test_no_port_for_the_model(root):
+    done = start(root, 65535)
+    assert done.returncode == 1 and done.stderr.startswith("error: --port 65535") and len(done.stderr.splitlines()) == 1
+
+
+def start(root, port: int):
+    return subprocess.run([sys.executable, "-m", "nanochat_nb.ui", "--run", "runs/none", "--port", str(port)], cwd=root,
+                          capture_output=True, text=True, timeout=60)
 
 
 def heed_interrupts() -> None:

@@ -1,11 +1,16 @@
 """The server's models: none leaves while a request holds it, none makes the others wait."""
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from nanochat_nb.corpus import open_text
-from nanochat_nb.server import ApiError, Limits, ModelPool, ScriptedEngine, create_app
+from nanochat_nb.inference import TEMPERATURE, chat, run_folder
+from nanochat_nb.runtime import UserError
+from nanochat_nb.server import (ApiError, Limits, ModelPool, Sampling, ScriptedEngine, check_port, create_app,
+                                sampling_options)
 from nanochat_nb.tokenizer import Tokenizer
 
 
@@ -92,3 +97,28 @@ def test_every_request_lets_its_model_go(loaders):
         assert client.post("/v1/chat/completions", json=ask | change).status_code == status
         assert not any(pool._users.values()), change
     pool.close()
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_no_port(port):
+    with pytest.raises(UserError, match="from 1 to 65535"):
+        check_port("127.0.0.1", port)
+
+
+def test_a_request_without_a_temperature_gets_the_terminals():
+    assert sampling_options(Sampling(), 1, 1)["temperature"] == TEMPERATURE
+    assert sampling_options(Sampling(temperature=0), 1, 1)["temperature"] == 0
+
+
+def test_a_run_by_name_or_folder(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert run_folder("here") == Path("here")
+    assert run_folder("laptop") == root / "runs" / "laptop" and str(run_folder("runs/laptop")) == "runs/laptop"
+    with pytest.raises(UserError):
+        run_folder("")
+
+
+def test_quit_leaves_the_terminal_chat(monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    chat(SimpleNamespace(max_len=8), "sft", max_new_tokens=4)

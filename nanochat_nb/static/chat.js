@@ -1,8 +1,8 @@
 // The chat page of notebook 17: an anywidget front end in plain JavaScript, without a build step.
 // It keeps the conversations on the visitor's device and asks the kernel (Python) for answers:
-//   to Python    {type: "hello"}   {type: "ask", id, model, messages, temperature}   {type: "stop", id}
+//   to Python    {type: "hello"}   {type: "ask", id, model, messages}   {type: "stop", id}
 //   from Python  {type: "models", models}   {type: "offline", message}
-//                {type: "delta", id, parts: [{type, text}]}   {type: "note", id, dropped_turns}
+//                {type: "heard", id}   {type: "delta", id, parts: [{type, text}]}   {type: "note", id, dropped_turns}
 //                {type: "done", id, reason}   {type: "error", id, message}
 // Text from a model reaches the page only as text nodes, never as HTML.
 
@@ -147,6 +147,11 @@ export function markdown(text, tools = []) {
 
 const prose = (message) => message.parts.filter((p) => p.type === "text").map((p) => p.text).join("");
 
+// What the model reads: the turns that have an answer, and the last question. User and assistant take turns, so a
+// question whose answer never began is left out.
+const conversation = (messages) => messages.filter((m, i) => m.parts.length
+  && (m.role === "assistant" || i === messages.length - 1 || messages[i + 1].parts.length));
+
 function addParts(parts, fresh) {
   for (const { type, text } of fresh) {
     const last = parts.at(-1);
@@ -189,6 +194,8 @@ function openStore(key) {
   };
   const store = key ? read() : memory;
   if (!Array.isArray(store.chats)) store.chats = [];
+  store.key = key;
+  store.read = read;
   store.save = () => {
     if (!key) return;
     for (let keep = Math.min(store.chats.length, 100); keep >= 0; keep = keep ? Math.floor(keep / 2) : -1) {
@@ -216,6 +223,7 @@ function render({ model, el }) {
   let shown = null;                                // the conversation on the screen
   let editing = null;                              // the index of the message being edited
   let models = [], offline = "", frame = 0, retry = 0;
+  let silent = false, silence = 0;                 // no sign from the kernel after a question, and the timer for it
 
   // -- the page
   const picker = make("select", { className: "nc-picker", ariaLabel: "Model" });
@@ -240,7 +248,10 @@ function render({ model, el }) {
         button("plus", "New chat", () => newChat(), "nc-new-short")),
       log, notice,
       make("form", { className: "nc-composer", onsubmit: (e) => { e.preventDefault(); send(); } }, input, sendButton)));
-  if (page) root.classList.add("nc-page");
+  if (page) {
+    root.classList.add("nc-page");
+    document.title = "nanochat";                   // Voila would call it by the notebook's file
+  }
   el.append(root);
 
   // -- light and dark: the visitor's choice, else the surrounding page's, else the system's
@@ -287,6 +298,9 @@ function render({ model, el }) {
       node.append(make("div", { className: "nc-wait", ariaLabel: "waiting" }, make("i"), make("i"), make("i")));
     const ending = { length: "The answer reached its limit.", cancelled: "Stopped." }[message.reason] ?? message.error;
     if (ending) node.append(make("p", { className: message.error ? "nc-aside nc-error" : "nc-aside", textContent: ending }));
+    if (message.role === "assistant" && !message.parts.length && running?.message !== message)
+      node.append(make("p", { className: "nc-aside", textContent:
+        "There is no answer, so this question is left out of what the model reads next." }));
     node.append(actions(message, index));
     return node;
   }
@@ -323,8 +337,12 @@ function render({ model, el }) {
     sendButton.replaceChildren(icon(running ? "stop" : "send"));
     sendButton.title = sendButton.ariaLabel = running ? "Stop (Esc)" : "Send (Enter)";
     sendButton.disabled = !running && (!input.value.trim() || Boolean(offline));
-    notice.hidden = !offline && editing === null;
-    if (offline) {
+    notice.hidden = !silent && !offline && editing === null;
+    if (silent) {
+      notice.className = "nc-notice nc-offline";
+      notice.replaceChildren("Nothing answers this page. If bash run_all.sh chat has ended, start it again, then reload.",
+        make("button", { type: "button", textContent: "Reload", onclick: () => location.reload() }));
+    } else if (offline) {
       notice.className = "nc-notice nc-offline";
       notice.replaceChildren(offline, make("button", { type: "button", textContent: "Try again", onclick: hello }));
     } else if (editing !== null) {
@@ -383,25 +401,27 @@ function render({ model, el }) {
 
   function ask() {
     const message = { role: "assistant", parts: [], model: picker.value };
-    const messages = chat.messages.filter((m) => m.parts.length).map((m) => ({
+    const messages = conversation(chat.messages).map((m) => ({
       role: m.role, content: m.role === "user" ? prose(m) : m.parts }));
     chat.messages.push(message);
     running = { id: fresh().id, message, chat };
     keep();
     shown = null;                                  // whoever asks wants to see the answer
     draw();
-    model.send({ type: "ask", id: running.id, model: picker.value, messages });
+    silence = setTimeout(() => hear(false), 8000);
+    tell({ type: "ask", id: running.id, model: picker.value, messages });
   }
 
   function finish(reason, error) {
     Object.assign(running.message, reason ? { reason } : {}, error ? { error } : {});
     const mine = running.chat === chat;
     running = null;
+    clearTimeout(silence);
     keep();
     if (mine) draw();
   }
   function stop() {
-    model.send({ type: "stop", id: running.id });
+    tell({ type: "stop", id: running.id });
     finish("cancelled");
   }
   function regenerate() {
@@ -424,8 +444,18 @@ function render({ model, el }) {
   }
 
   // -- what the kernel says
-  const hello = () => model.send({ type: "hello" });
+  function tell(message) {
+    try { model.send(message); } catch { hear(false); }    // the connection is closed
+  }
+  function hear(something) {
+    clearTimeout(silence);
+    if (silent === !something) return;
+    silent = !something;
+    drawControls();
+  }
+  const hello = () => tell({ type: "hello" });
   function receive(said) {
+    hear(true);
     if (said.type === "models") { models = said.models; offline = ""; drawControls(); return; }
     if (said.type === "offline") {
       offline = said.message;
@@ -442,6 +472,15 @@ function render({ model, el }) {
     else if (!frame && running.chat === chat) frame = requestAnimationFrame(drawLast);
   }
   model.on("msg:custom", receive);
+
+  // -- another tab has saved: take its list, and keep the conversation that is open here
+  function share(event) {
+    if (!store.key || event.key !== store.key) return;
+    const here = chat.messages.length ? [chat] : [];
+    store.chats = [...here, ...store.read().chats.filter((c) => c.id !== chat.id)];
+    drawHistory();
+  }
+  addEventListener("storage", share);
 
   // -- the keyboard
   function grow() {
@@ -465,6 +504,8 @@ function render({ model, el }) {
   hello();
   return () => {
     model.off("msg:custom", receive);
+    removeEventListener("storage", share);
+    clearTimeout(silence);
     system.removeEventListener("change", showTheme);
     clearTimeout(retry);
   };
