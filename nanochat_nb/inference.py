@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import nanochat_nb
 from .execution import calculate, isolation, run_code
 from .model import GPT, GPTConfig, KVCache, head_logits
 from .runtime import UserError, generator, nearest, seed_of
@@ -666,8 +667,11 @@ TEMPERATURE = 0.6                                            # where nobody asks
 def run_folder(run: str) -> Path:
     """The folder that `--run` means: `run` itself, or runs/NAME of this project for a bare name
     that is no folder here."""
-    from nanochat_nb.launch import run_path
-    return Path(run) if "/" in run or run and Path(run).is_dir() else run_path(run)
+    if not run:
+        raise UserError("--run needs a name")
+    if "/" in run or Path(run).is_dir():
+        return Path(run)
+    return Path(nanochat_nb.__file__).resolve().parent.parent / "runs" / run
 
 
 def best_stage(run: str | Path) -> str:
