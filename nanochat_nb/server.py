@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +21,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -776,4 +780,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and __spec__ is not None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

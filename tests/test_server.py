@@ -1,4 +1,8 @@
 """The server's models: none leaves while a request holds it, none makes the others wait."""
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,3 +126,13 @@ def test_a_run_by_name_or_folder(tmp_path, monkeypatch, root):
 def test_quit_leaves_the_terminal_chat(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
     chat(SimpleNamespace(max_len=8), "sft", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("module, first", [("inference", "torch"), ("server", "fastapi")])
+def test_an_interrupt_while_importing_is_quiet(module, first, tmp_path, root):
+    """The slow import is replaced by one that is interrupted."""
+    (tmp_path / f"{first}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run([sys.executable, "-m", f"nanochat_nb.{module}"], cwd=root, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
