@@ -107,6 +107,8 @@ def load_preset(preset: str | Path) -> dict[str, dict]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = ROOT / "presets" / f"{preset}.yaml"
     if not path.is_file():
+        if path.parent != ROOT / "presets":
+            raise UserError(f"there is no preset file {path}")
         known = [p.stem for p in (ROOT / "presets").glob("*.yaml")]
         raise UserError(f"unknown preset {str(preset)!r}{nearest(str(preset), known)}")
     try:
@@ -199,10 +201,12 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     from nanochat_nb.model import GPTConfig
     from nanochat_nb.pretraining import check_rows, plan_base
     from nanochat_nb.rl import check_rl
+    from nanochat_nb.tokenizer import check_vocab_size
     base = stage_parameters(STEPS["base"], overrides)
     if base["depth"] < 1:
         raise UserError(f"depth must be at least 1, not {base['depth']}")
     vocab_size = stage_parameters(STEPS["tokenizer"], overrides)["vocab_size"]
+    check_vocab_size(vocab_size)
     config = GPTConfig.from_depth(base["depth"], vocab_size=vocab_size,
                                   **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
     plan = plan_base(config, **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
@@ -369,8 +373,8 @@ def status(run: Path, step: Step, key: str) -> str:
     return "resume, it was interrupted"
 
 # %% ../nbs/15_launch.ipynb #set-aside
-def set_aside(run: Path, step: Step) -> None:
-    """Move what an attempt with another key left into `earlier/`."""
+def set_aside(run: Path, step: Step) -> str:
+    """Move what an attempt with another key left into `earlier/`; returns where it is, or an empty string."""
     if step.stage == "eval":
         old = [p for p in (run / "eval").glob(f"{step.checkpoint}*") if p.stem.split("-")[0] == step.checkpoint]
     elif step.stage == "report":
@@ -378,7 +382,7 @@ def set_aside(run: Path, step: Step) -> None:
     else:
         old = [p for p in (run / step.stage, run / "metrics" / f"{step.stage}.jsonl") if p.exists()]
     if not old:
-        return
+        return ""
     number = 1
     while (run / "earlier" / f"{step.name}-{number}").exists():
         number += 1
@@ -386,12 +390,14 @@ def set_aside(run: Path, step: Step) -> None:
         target = run / "earlier" / f"{step.name}-{number}" / path.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
+    return f"earlier/{step.name}-{number}"
 
 
 def begin(run: Path, step: Step, key: str) -> None:
-    """Write down that work on `key` has begun; set aside what belongs to another key."""
+    """Write down that work on `key` has begun; set aside what belongs to another key, and say so."""
     if read_marker(run, step).get("key") != key:
-        set_aside(run, step)
+        if where := set_aside(run, step):
+            print(f"{step.name}: what was there was made with other parameters or inputs; it is now in {where}", flush=True)
     write_json(marker_path(run, step), {"step": step.name, "key": key, "state": "started", "git": git_sha()})
 
 
@@ -599,8 +605,12 @@ def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> No
 @contextlib.contextmanager
 def only_one(run: Path) -> Iterator[None]:
     """Hold the run's folder for this process. Raises UserError when another one holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as lock:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--run {run}: cannot be used as a folder ({error.strerror})") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -782,6 +792,8 @@ def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
     """`items` with paths made absolute. Raises UserError for one that looks like a path and is not there."""
     found = []
     for item in items or ():
+        if not item.strip():
+            raise UserError(f"{option}: an empty name")
         if Path(item).exists():
             item = str(Path(item).resolve())
         elif "/" in item or Path(item).suffix:
@@ -810,10 +822,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                          text=_existing(args.text, "--text"),
                          conversations=_existing(args.conversations, "--conversations"))
     run = run_path(args.run or Path(args.what).stem)
-    processes = args.processes or max(1, torch.cuda.device_count())
-    if args.until != "tokenizer":
-        check_names(overrides)
-        check_sizes(overrides, processes)
+    processes = max(1, torch.cuda.device_count()) if args.processes is None else args.processes
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}")
+    check_names(overrides)
+    check_sizes(overrides, processes)
     check_files(overrides)
     print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}", flush=True)
     launch(overrides, run, title=Path(args.what).stem, processes=processes, until=args.until)

@@ -41,14 +41,22 @@ class Rollout:
     finished: bool
 
 
-def roll_out(engine: Engine, tokenizer: Tokenizer, questions: Sequence[tuple[Task, dict]], seeds: Sequence[int], *,
-             num_samples: int, max_new_tokens: int, temperature: float, top_k: int) -> list[list[Rollout]]:
-    """Groups of `num_samples` judged answers, one group per question, all generated in one batch."""
+def roll_out(engine: Engine, tokenizer: Tokenizer, questions: Sequence[tuple[Task, dict]],
+             seeds: Sequence[int], *, num_samples: int, max_new_tokens: int, temperature: float,
+             top_k: int) -> list[list[Rollout]]:
+    """Groups of `num_samples` judged answers, one group per question, all in one batch.
+
+    An answer that was cut off is judged as far as it goes.
+    """
     prompts = [tokenizer.render_for_completion(c) for _, c in questions]
-    groups = engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None,
-                             seed=seeds, num_samples=num_samples)
-    return [[Rollout(prompt, c.ids, c.mask, task.reward(conversation, answer_text(tokenizer, c.ids)),
-                     c.finish_reason == "stop") for c in group]
+    groups = engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature,
+                             top_k=top_k or None, seed=seeds, num_samples=num_samples)
+
+    def judged(task: Task, conversation: dict, prompt: list[int], c) -> Rollout:
+        reward = task.reward(conversation, answer_text(tokenizer, c.ids))
+        return Rollout(prompt, c.ids, c.mask, reward, c.finish_reason == "stop")
+
+    return [[judged(task, conversation, prompt, c) for c in group]
             for (task, conversation), prompt, group in zip(questions, prompts, groups)]
 
 

@@ -26,9 +26,9 @@ from .runtime import (Runtime, UserError, join_ranks, nearest, peak_memory_bytes
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'PART_TYPES', 'GPT2_PATTERN', 'CL100K_PATTERN', 'merge_pair',
-           'split_text', 'count_pieces', 'train_merges', 'tokens_of', 'Tokenizer', 'patch_to', 'gpt2_bytes',
-           'read_gpt2', 'read_tiktoken', 'load_published', 'conversation_text', 'training_texts', 'measure_compression',
-           'run_tokenizer']
+           'split_text', 'count_pieces', 'train_merges', 'tokens_of', 'Tokenizer', 'patch_to', 'check_vocab_size',
+           'gpt2_bytes', 'read_gpt2', 'read_tiktoken', 'load_published', 'conversation_text', 'training_texts',
+           'measure_compression', 'run_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #merge-pair
 def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -178,6 +178,16 @@ def from_ranks(cls, mergeable_ranks: dict[bytes, int], *, pattern: str,
     return cls(dict(mergeable_ranks), pattern, dict(special_tokens))
 
 # %% ../nbs/02_tokenizer.ipynb #train
+def check_vocab_size(vocab_size: int) -> int:
+    """The merges that a vocabulary of this size has room for. Raises UserError when it is too small for the bytes and
+    the special tokens."""
+    num_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
+    if num_merges < 0:
+        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+                        f"special tokens need at least {256 + len(SPECIAL_TOKENS)}")
+    return num_merges
+
+
 @patch_to(Tokenizer)
 @classmethod
 def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN,
@@ -187,10 +197,7 @@ def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PA
     `backend` is "fast" (rustbpe) or "python" (`train_merges`); both give the same merges. Raises UserError
     when `vocab_size` is smaller than the bytes and specials, or larger than the texts can give.
     """
-    num_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
-    if num_merges < 0:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
-                        f"special tokens need at least {256 + len(SPECIAL_TOKENS)}")
+    num_merges = check_vocab_size(vocab_size)
     if backend == "fast":
         tokens = _train_fast(texts, num_merges, pattern)
     elif backend == "python":

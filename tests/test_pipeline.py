@@ -220,6 +220,12 @@ BAD = [
     (["laptop", "--set", "eval.data=nowhere"], "no folder nowhere"),
     (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["laptop", "--run", "a b"], "letters, digits"),
+    (["laptop", "--run", "/proc/nobody/here"], "cannot be used as a folder"),
+    (["laptop", "--processes", "0"], "--processes must be at least 1"),
+    (["laptop", "--set", "tokenizer.vocab_size=-4", "--until", "tokenizer"], "too small"),
+    (["laptop", "--depth", "0", "--until", "tokenizer"], "depth must be at least 1"),
+    (["laptop", "--text", ""], "an empty name"),
+    (["nope.yaml"], "no preset file"),
 ]
 
 
