@@ -33,8 +33,10 @@ __all__ = ['SAFETENSORS_NAMES', 'NANOCHAT_NAMES', 'OCTOBER_2025', 'safetensors_h
            'import_nanochat']
 
 # %% ../nbs/06_checkpoint.ipynb #safetensors-header
-SAFETENSORS_NAMES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16",
-                     torch.uint8: "U8"}
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16",
+    torch.uint8: "U8"
+}
 
 
 def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
@@ -51,7 +53,8 @@ def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
 # %% ../nbs/06_checkpoint.ipynb #write-safetensors
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors, one after the other, to disk (synced); returns the file's sha256."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))     # keeps all aligned
+    order = sorted(tensors, key=lambda name:
+                   (-tensors[name].element_size(), name))  # keeps all aligned
     tensors = {name: tensors[name] for name in order}
     digest = hashlib.sha256()
     with open(path, "wb") as f:
@@ -195,8 +198,9 @@ def load_checkpoint(folder: str | Path, *, step: int | None = None,
     from safetensors.torch import load_file
     path = latest_checkpoint(folder) if step is None else Path(folder) / f"step_{step:08d}"
     if path is None or not path.exists():
-        raise UserError(f"{folder} holds no {'whole checkpoint' if path is None else path.name}; "
-                        f"there: {', '.join(p.name for p in list_checkpoints(folder)) or 'nothing'}")
+        raise UserError(
+            f"{folder} holds no {'whole checkpoint' if path is None else path.name}; "
+            f"there: {', '.join(p.name for p in list_checkpoints(folder)) or 'nothing'}")
     if step is not None and (problem := what_is_wrong(path)):
         raise UserError(f"checkpoint {path}: {problem}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -225,13 +229,14 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
     run = Path(run)
     have = [p.name for p in sorted(run.glob("*")) if list_checkpoints(p)]
     if stage not in have:
-        raise UserError(f"run {run} has no checkpoint of stage {stage!r}" + (nearest(stage, have) if have else
-                        " nor of any other stage: run `bash run_all.sh` first"))
+        raise UserError(f"run {run} has no checkpoint of stage {stage!r}" + (nearest(
+            stage, have) if have else " nor of any other stage: run `bash run_all.sh` first"))
     checkpoint = load_checkpoint(run / stage)
     tokenizer = Tokenizer.load(run / "tokenizer")
     if checkpoint.meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
-        raise UserError(f"{run / stage} is a checkpoint of another tokenizer than {run / 'tokenizer'}: "
-                        "put back the tokenizer it was trained with, or train again")
+        raise UserError(
+            f"{run / stage} is a checkpoint of another tokenizer than {run / 'tokenizer'}: "
+            "put back the tokenizer it was trained with, or train again")
     device = detect_device(device) if device is None or isinstance(device, str) else device
     config = GPTConfig(**checkpoint.meta["config"])
     return make_model(config, checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
@@ -250,8 +255,10 @@ def our_name(name: str) -> str:
     return name
 
 # %% ../nbs/06_checkpoint.ipynb #neutral-weights
-OCTOBER_2025 = {"window_pattern": "F", "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0,
-                "value_embed_layers": ()}
+OCTOBER_2025 = {
+    "window_pattern": "F", "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0,
+    "value_embed_layers": ()
+}
 
 
 def neutral_weights(config: GPTConfig) -> dict[str, Tensor]:
@@ -278,7 +285,8 @@ class EncodingOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("tiktoken.core", "Encoding"):
             return self.Plain
-        raise UserError(f"tokenizer.pkl asks for {module}.{name}; only tiktoken.core.Encoding is admitted")
+        raise UserError(
+            f"tokenizer.pkl asks for {module}.{name}; only tiktoken.core.Encoding is admitted")
 
 # %% ../nbs/06_checkpoint.ipynb #read-nanochat-tokenizer
 def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
@@ -289,7 +297,8 @@ def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
     with open(path, "rb") as f:
         try:
             state = EncodingOnly(f).load().state
-            ranks, pattern, special = (state[k] for k in ("mergeable_ranks", "pat_str", "special_tokens"))
+            ranks, pattern, special = (state[k]
+                                       for k in ("mergeable_ranks", "pat_str", "special_tokens"))
         except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a pickled tiktoken Encoding") from error
     return Tokenizer.from_ranks(ranks, pattern=pattern, special_tokens=special)
@@ -304,11 +313,13 @@ def read_nanochat(folder: Path, step: int) -> tuple[dict[str, Tensor], dict]:
     try:
         state = torch.load(paths[0], map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{paths[0]} is damaged, or holds more than weights, which is not read") from error
+        raise UserError(
+            f"{paths[0]} is damaged, or holds more than weights, which is not read") from error
     try:
         fields = json.loads(paths[1].read_text(encoding="utf-8"))["model_config"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{paths[1]} is no metadata of nanochat's: it has no model_config") from error
+        raise UserError(
+            f"{paths[1]} is no metadata of nanochat's: it has no model_config") from error
     return {our_name(name): t.float() for name, t in state.items()}, fields
 
 

@@ -1142,44 +1142,11 @@ def _solved(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-WORDS = """above across actor address after again agree almost alone already always angry
-animal answer arrive autumn avoid balance balloon banana beautiful because become before
-begin behind believe below belong beside better between blanket borrow bottle bottom
-branch break breakfast breath bright bring brother bubble build butter butterfly button
-calendar careful castle catch ceiling center certain chalk chance change cheerful cherry
-chicken children chimney chocolate choose circle clean clever climb coffee collect colour
-common copy corner correct cottage cotton country courage cousin cover create cricket
-crowd cupboard curious curtain dangerous daughter decide deliver desert different
-difficult dinner discover distance double dragon dream dress eager early earth easy elbow
-elephant eleven empty energy engine enough evening every example excellent exercise
-expect explain family famous feather fellow festival fierce finger finish flavour flood
-flower follow foolish forest forever forget forgive fortune forward freedom fresh friend
-friendly frighten frost funny future gallop garage garlic gather gentle giraffe glitter
-glorious goodbye grammar grandmother grasshopper grateful guess hammer handle happen
-happiness harbour harvest healthy heart heavy hidden history holiday hollow honest
-hospital hundred hungry hurry imagine important improve include insect inside instead
-island jacket jealous journey jungle kangaroo keyboard kitchen kitten knock ladder
-language laugh lazy learn leather lemonade lesson letter level library lightning listen
-little lonely machine magic manner marble market matter meadow measure medicine member
-message middle million minute mirror mistake modern moment monkey morning mountain
-mushroom music mystery narrow nature neighbour nephew never notebook nothing notice
-number object ocean october offer opposite orange orchestra ordinary ostrich outside
-owner package paddle palace parallel parrot partner passenger pattern peaceful pencil
-pepper perfect perhaps person piece pillow pineapple planet pleasant pocket polite
-possible potato practice present pretty prince princess problem promise protect puddle
-purple puzzle quarter question quick quiet rabbit raccoon rainbow raspberry rattle reach
-ready really reason receive recipe remember repeat reply rescue result return ribbon
-ridge river rocket roof rubber rumour runner saddle salad sandwich saucer scatter school
-scissors season second secret seldom sentence separate settle seven several shadow
-shallow shelter shiver shoulder shovel silence simple sister skeleton sleepy slipper
-smooth soccer soldier something sorrow special spider splendid spoon spring squirrel
-station stomach storm stranger strawberry stream street stubborn student success sudden
-sugar summer sunflower supper surprise sweater sweet swing tablet talent teapot telephone
-temper terrible theatre thirteen thirsty thousand thunder ticket together tomorrow tongue
-tooth toward travel treasure triangle trouble trumpet tunnel turtle twelve umbrella uncle
-under understand until upper useful valley vanilla vegetable village visitor volcano
-voyage wagon walnut weather wedding welcome whisper whistle window winter without wizard
-wonder woollen worry yellow yesterday zebra zipper""".split()
+def _static(name: str) -> str:
+    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
+
+
+WORDS = tuple(_static("words.txt").split())     # 1,754 plain words; the file is a list of them
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()
 _VOWELS = "a e i o u ai ea ee ie oa oo ou a e i o u".split()
@@ -1485,10 +1452,9 @@ def _code(world: World, rng: random.Random, split: str) -> dict:
 def talk() -> dict[str, dict[str, dict]]:
     """The tables of `static/talk.toml`: "identity", "small_talk" and "memory", each topic → its
     lines of `asks`, `replies`, …, and the `word` of every right reply."""
-    text = resources.files("nanochat_nb").joinpath("static", "talk.toml").read_text(encoding="utf-8")
     return {table: {name: {k: v if k == "word" else tuple(v.strip().split("\n"))
                            for k, v in topic.items()} for name, topic in topics.items()}
-            for table, topics in tomllib.loads(text).items()}
+            for table, topics in tomllib.loads(_static("talk.toml")).items()}
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")

@@ -27,8 +27,8 @@ from .corpus import data_folder, fetch_file
 from .execution import isolation
 from .inference import Engine
 from .model import GPT, GPTConfig, KVCache, head_logits
-from .runtime import (Runtime, UserError, nearest, peak_memory_bytes, progress, run_folder,
-                                 start_runtime, write_atomic, write_json)
+from .runtime import (Runtime, UserError, nearest, peak_memory_bytes, progress,
+                                 run_folder, start_runtime, write_atomic, write_json)
 from .tasks import DataMissing, EMBEDDED, REAL, Task, open_task, text_of
 from .tokenizer import Tokenizer
 
@@ -78,14 +78,17 @@ class NGram:
 # %% ../nbs/10_evaluation.ipynb #ngram-use
 def _log_probability(self, ids: Sequence[int], start: int) -> float:
     """The sum of log p(ids[i] | ids[:i]) over i from `start`, in nats."""
-    return sum(math.log(self.probability(ids[max(0, i - self.order + 1):i], ids[i])) for i in range(start, len(ids)))
+    return sum(
+        math.log(self.probability(ids[max(0, i - self.order + 1):i], ids[i]))
+        for i in range(start, len(ids)))
 
 
 def _generate(self, ids: Sequence[int], max_new_tokens: int, stop: set[int]) -> list[int]:
     """Greedy continuation of `ids`: always the most frequent token after the longest context seen."""
     out = list(ids)
     for _ in range(max_new_tokens):
-        tables = (self.counts[n].get(tuple(out[len(out) - n:])) for n in range(min(self.order - 1, len(out)), -1, -1))
+        tables = (self.counts[n].get(tuple(out[len(out) - n:]))
+                  for n in range(min(self.order - 1, len(out)), -1, -1))
         seen = next((t for t in tables if t), Counter())
         out.append(min(seen, key=lambda t: (-seen[t], t), default=0))
         if out[-1] in stop:
@@ -97,8 +100,8 @@ NGram.log_probability, NGram.generate = _log_probability, _generate
 
 # %% ../nbs/10_evaluation.ipynb #bits-per-byte-2
 @torch.no_grad()
-def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes, steps: int | None = None, *,
-                  rt: Runtime | None = None) -> float:
+def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes,
+                  steps: int | None = None, *, rt: Runtime | None = None) -> float:
     """Bits per UTF-8 byte of the targets of `batches`, at most `steps` of them; independent of the vocabulary.
 
     Each batch is (idx, targets), both (B, T); targets below 0 and tokens of 0 bytes (specials) do not count.
@@ -141,8 +144,8 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return groups
 
 # %% ../nbs/10_evaluation.ipynb #text-bits-per-byte
-def text_bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], *, batch_tokens: int = 8192,
-                       rt: Runtime | None = None) -> tuple[float, int]:
+def text_bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], *,
+                       batch_tokens: int = 8192, rt: Runtime | None = None) -> tuple[float, int]:
     """Bits per byte of whole texts, and the tokens read. With `rt`, rows are striped over its ranks."""
     rows = document_rows(tokenizer, texts, model.config.sequence_len)
     mine = rows[rt.rank::rt.world_size] if rt else rows
@@ -161,7 +164,8 @@ def standard_error(accuracy: float, n: int) -> float:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """The chance that at least one of `k` answers is right, estimated from `n` answers of which `correct` are."""
     if not (0 <= correct <= n and 1 <= k <= n):
-        raise UserError(f"pass@k needs 0 ≤ correct ≤ n and 1 ≤ k ≤ n, not n={n}, correct={correct}, k={k}")
+        raise UserError(
+            f"pass@k needs 0 ≤ correct ≤ n and 1 ≤ k ≤ n, not n={n}, correct={correct}, k={k}")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 # %% ../nbs/10_evaluation.ipynb #center
@@ -170,7 +174,8 @@ def center(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def core_metric(accuracies: dict[str, float], baselines_percent: dict[str, float]) -> tuple[float, dict[str, float]]:
+def core_metric(accuracies: dict[str, float],
+                baselines_percent: dict[str, float]) -> tuple[float, dict[str, float]]:
     """The mean of the centered accuracies, and each of them. Baselines are in percent, accuracies from 0 to 1."""
     missing = [name for name in accuracies if name not in baselines_percent]
     if missing or not accuracies:
@@ -252,7 +257,9 @@ def find_core(data: str, wanted: bool) -> tuple[str, str]:
 # %% ../nbs/10_evaluation.ipynb #core-rows
 def core_rows(path: Path, max_per_task: int | None) -> list[dict]:
     """A task's rows in the order every implementation uses (shuffled by 1337), at most `max_per_task`."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
     random.Random(1337).shuffle(rows)
     return rows[:max_per_task] if max_per_task else rows
 
@@ -260,8 +267,9 @@ def core_rows(path: Path, max_per_task: int | None) -> list[dict]:
 def few_shot(rows: Sequence[dict], i: int, shots: int) -> list[dict]:
     """The solved examples shown before row `i`: drawn by 1234 + i from all rows but `i`."""
     if shots > len(rows) - 1:
-        raise UserError(f"{shots} examples are to be shown but there are only {len(rows) - 1} other rows; "
-                        f"allow at least {shots + 1} rows per task")
+        raise UserError(
+            f"{shots} examples are to be shown but there are only {len(rows) - 1} other rows; "
+            f"allow at least {shots + 1} rows per task")
     others = [j for j in range(len(rows)) if j != i]
     return [rows[j] for j in random.Random(1234 + i).sample(others, shots)] if shots else []
 
@@ -273,7 +281,8 @@ def core_prompts(task: CoreTask, row: dict, examples: Sequence[dict]) -> list[st
         shown = "".join(f"{e['query']}{d}{e['choices'][e['gold']]}\n\n" for e in examples)
         return [f"{shown}{row['query']}{d}{choice}" for choice in row["choices"]]
     if task.kind == "schema":
-        shown = "".join(f"{e['context_options'][e['gold']]}{d}{e['continuation']}\n\n" for e in examples)
+        shown = "".join(f"{e['context_options'][e['gold']]}{d}{e['continuation']}\n\n"
+                        for e in examples)
         return [f"{shown}{context}{d}{row['continuation']}" for context in row["context_options"]]
     if task.kind == "language_modeling":
         shown = "".join(f"{e['context'].strip()}{d}{e['continuation']}\n\n" for e in examples)
@@ -301,11 +310,12 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if len({r[i] for r in rows}) > 1), shortest)
 
 # %% ../nbs/10_evaluation.ipynb #core-question
-def core_question(tokenizer: Tokenizer, task: CoreTask, row: dict, examples: Sequence[dict]) -> Question:
+def core_question(tokenizer: Tokenizer, task: CoreTask, row: dict,
+                  examples: Sequence[dict]) -> Question:
     """One row of a CORE task as token ids."""
     bos = tokenizer.special("<|bos|>")
     options = [[bos] + tokenizer.encode(p) for p in core_prompts(task, row, examples)]
-    if task.kind == "language_modeling":                      # a prefix, unless a token spans the seam
+    if task.kind == "language_modeling":  # a prefix, unless a token spans the seam
         return Question([options[1]], [max(1, common_prefix(options))], None)
     if task.kind == "schema":
         suffix = common_prefix([o[::-1] for o in options])
@@ -318,17 +328,19 @@ def crop(question: Question, limit: int) -> Question:
     drop = min(max(map(len, question.options)) - limit, min(question.starts) - 1)
     if drop <= 0:
         return question
-    return Question([o[drop:] for o in question.options], [s - drop for s in question.starts], question.gold)
+    return Question([o[drop:] for o in question.options], [s - drop for s in question.starts],
+                    question.gold)
 
 # %% ../nbs/10_evaluation.ipynb #span-scores
 @torch.no_grad()
-def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]], starts: Sequence[int],
-                offset: int = 0) -> list[tuple[float, bool]]:
+def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]],
+                starts: Sequence[int], offset: int = 0) -> list[tuple[float, bool]]:
     """Per row: the mean loss of tokens `start` to the end, and whether each was the likeliest.
 
     `hidden` (B, T, C) are the model's states for `rows` from token `offset` on; float32 losses, NaN for no token.
     """
-    where = [(b, t) for b, (row, start) in enumerate(zip(rows, starts)) for t in range(start, len(row))]
+    where = [(b, t) for b, (row, start) in enumerate(zip(rows, starts))
+             for t in range(start, len(row))]
     if not where:
         return [(math.nan, True)] * len(rows)
     b, t = torch.tensor(where).T
@@ -362,7 +374,9 @@ def score_shared(model: GPT, questions: Sequence[Question]) -> list[list[tuple[f
     tails = [o[cut[i]:] for o, i in zip(rows, owner)]
     cache = KVCache(model.config, len(questions), max(cut), model.device, model.dtype)
     cache.lengths = torch.tensor(cut, device=model.device)
-    model.hidden(padded([q.options[0][:c] for q, c in zip(questions, cut)], rows[0][0]).to(model.device), cache)
+    model.hidden(
+        padded([q.options[0][:c] for q, c in zip(questions, cut)], rows[0][0]).to(model.device),
+        cache)
     cache = branch(cache, owner, max(map(len, tails)))
     cache.lengths = torch.tensor([len(t) for t in tails], device=model.device)
     hidden = model.hidden(padded(tails, rows[0][0]).to(model.device), cache)
@@ -391,32 +405,39 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
         return work(items)
     except torch.OutOfMemoryError:
         if len(items) == 1:
-            raise UserError("a single row does not fit this device's memory; use a smaller model or "
-                            "another device") from None
+            raise UserError(
+                "a single row does not fit this device's memory; use a smaller model or "
+                "another device") from None
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     middle = len(items) // 2
     return halving(work, items[:middle]) + halving(work, items[middle:])
 
 # %% ../nbs/10_evaluation.ipynb #score-questions
-CACHE_BYTES = 2**32            # keys and values of the questions scored together take at most about this
+CACHE_BYTES = 2**32  # keys and values of the questions scored together take at most about this
 
 
 def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: int = 8192,
                     share: bool = True) -> list[list[tuple[float, bool]]]:
     """(mean loss, all greedy) of every option of every question, batched by length."""
     scores: list[list] = [[None] * len(q.options) for q in questions]
-    together = [i for i, q in enumerate(questions) if share and len(q.options) > 1 and q.shared >= 16]
-    cost = [sum(map(len, questions[i].options)) for i in together]      # the cache holds every option in full
+    together = [
+        i for i, q in enumerate(questions) if share and len(q.options) > 1 and q.shared >= 16
+    ]
+    cost = [sum(map(len, questions[i].options))
+            for i in together]  # the cache holds every option in full
     c = model.config
-    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize      # bytes in the cache
+    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize  # bytes in the cache
     for group in by_length(cost, min(4 * batch_tokens, CACHE_BYTES // token)):
         picked = [together[g] for g in group]
-        for i, result in zip(picked, halving(lambda part: score_shared(model, part), [questions[i] for i in picked])):
+        for i, result in zip(
+                picked,
+                halving(lambda part: score_shared(model, part), [questions[i] for i in picked])):
             scores[i] = result
     left = sorted(set(range(len(questions))) - set(together))
     alone = [(i, k) for i in left for k in range(len(questions[i].options))]
     for group in by_length([len(questions[i].options[k]) for i, k in alone], batch_tokens):
-        options = [(questions[i].options[k], questions[i].starts[k]) for i, k in (alone[g] for g in group)]
+        options = [(questions[i].options[k], questions[i].starts[k])
+                   for i, k in (alone[g] for g in group)]
         for g, result in zip(group, halving(lambda part: score_plain(model, part), options)):
             scores[alone[g][0]][alone[g][1]] = result
     return scores
@@ -431,7 +452,8 @@ def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
 
 
 def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: Sequence[dict], *,
-                       batch_tokens: int = 8192, rt: Runtime | None = None) -> tuple[list[bool], int]:
+                       batch_tokens: int = 8192,
+                       rt: Runtime | None = None) -> tuple[list[bool], int]:
     """Per row whether it was answered right, and the tokens read. Rows are striped over the ranks of `rt`.
 
     A row longer than the model's positions reach (10 × sequence_len) loses its beginning.
@@ -447,9 +469,9 @@ def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: S
     return [verdicts[i] for i in range(len(rows))], sum(tokens for _, tokens in parts)
 
 # %% ../nbs/10_evaluation.ipynb #evaluate-core
-def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *, max_per_task: int | None = None,
-                  tasks: Sequence[str] | None = None, batch_tokens: int = 8192, rt: Runtime | None = None,
-                  show: bool = False) -> dict:
+def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *,
+                  max_per_task: int | None = None, tasks: Sequence[str] | None = None,
+                  batch_tokens: int = 8192, rt: Runtime | None = None, show: bool = False) -> dict:
     """The CORE tasks whose files are in `folder`, scored as nanochat does.
 
     Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial", "missing", "records",
@@ -468,13 +490,17 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *, max_p
             missing[task.label] = task.file
             continue
         rows = core_rows(path, max_per_task)
-        verdicts, read = evaluate_core_task(model, tokenizer, task, rows, batch_tokens=batch_tokens, rt=rt)
+        verdicts, read = evaluate_core_task(model, tokenizer, task, rows, batch_tokens=batch_tokens,
+                                            rt=rt)
         accuracy = sum(verdicts) / len(verdicts)
-        results[task.label] = {"accuracy": accuracy, "stderr": standard_error(accuracy, len(rows)), "n": len(rows)}
+        results[task.label] = {
+            "accuracy": accuracy, "stderr": standard_error(accuracy, len(rows)), "n": len(rows)
+        }
         tokens += read
         records += [{"task": task.label, "index": i, "row": row, "correct": verdict}
                     for i, (row, verdict) in enumerate(zip(rows, verdicts))]
-    mean, centered = core_metric({k: r["accuracy"] for k, r in results.items()}, chance) if results else (None, {})
+    mean, centered = core_metric({k: r["accuracy"]
+                                  for k, r in results.items()}, chance) if results else (None, {})
     for label, value in centered.items():
         results[label]["centered"] = value
     return {"tasks": results, "core": mean if len(results) >= CORE_SIZE else None, "partial": mean,
@@ -500,17 +526,18 @@ def pick_letters(model: GPT, tokenizer: Tokenizer, rows: Sequence[tuple[list[int
     return out
 
 # %% ../nbs/10_evaluation.ipynb #write-answers
-def write_answers(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_new_tokens: int,
-                  batch_rows: int = 32) -> tuple[list[str], int]:
+def write_answers(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *,
+                  max_new_tokens: int, batch_rows: int = 32) -> tuple[list[str], int]:
     """Greedy answers to prompts by the engine, tools included, and how many tokens were read and written."""
-    limit = 10 * model.config.sequence_len                    # as far as the model's positions reach
+    limit = 10 * model.config.sequence_len  # as far as the model's positions reach
     fits = [i for i, p in enumerate(prompts) if len(p) + max_new_tokens <= limit]
     texts, tokens = ["" for _ in prompts], 0
     if fits:
         longest = max(len(prompts[i]) for i in fits) + max_new_tokens
         def work(part: Sequence[int]) -> list:
             engine = Engine(model, tokenizer, max_batch=min(batch_rows, len(part)), max_len=longest)
-            return engine.generate([prompts[i] for i in part], max_new_tokens=max_new_tokens, temperature=0.0)
+            return engine.generate([prompts[i] for i in part], max_new_tokens=max_new_tokens,
+                                   temperature=0.0)
         for i, samples in zip(fits, halving(work, fits)):
             texts[i] = answer_text(tokenizer, samples[0].ids)
             tokens += len(prompts[i]) + len(samples[0].ids)
@@ -545,7 +572,8 @@ def constant_score(task: Task, rows: Sequence[dict]) -> float:
     return max((sum(task.evaluate(row, t) for row in rows) / len(rows) for t in tries), default=0.0)
 
 # %% ../nbs/10_evaluation.ipynb #ngram-answers
-def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict], max_new_tokens: int) -> list[str]:
+def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict],
+                  max_new_tokens: int) -> list[str]:
     """What the n-gram model answers: the likeliest choice per token, or a greedy continuation of the prompt."""
     if task.kind != "choice":
         stop = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
@@ -576,17 +604,20 @@ def by_topic(records: Sequence[dict]) -> dict[str, dict]:
     groups: dict[str, list[bool]] = {}
     for r in sorted(records, key=lambda r: str(r["topic"])):
         groups.setdefault(str(r["topic"]), []).append(r["correct"])
-    return {t: {"accuracy": sum(g) / len(g), "n": len(g)} for t, g in groups.items()} if len(groups) > 1 else {}
+    return {t: {"accuracy": sum(g) / len(g), "n": len(g)}
+            for t, g in groups.items()} if len(groups) > 1 else {}
 
 
-def ngram_score(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict], max_new_tokens: int) -> float:
+def ngram_score(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict],
+                max_new_tokens: int) -> float:
     """The accuracy of the n-gram model on `rows`."""
     answers = ngram_answers(lm, tokenizer, task, rows, max_new_tokens)
     return sum(task.evaluate(row, answer) for row, answer in zip(rows, answers)) / len(rows)
 
 
-def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_tokens: int = 256, batch_rows: int = 32,
-                  batch_tokens: int = 8192, ngram: NGram | None = None, rt: Runtime | None = None) -> dict:
+def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_tokens: int = 256,
+                  batch_rows: int = 32, batch_tokens: int = 8192, ngram: NGram | None = None,
+                  rt: Runtime | None = None) -> dict:
     """Score `task`: accuracy, standard error, baselines, and a record of every row.
 
     Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n, chance, constant,
@@ -604,19 +635,23 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     else:
         answers, tokens = write_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens,
                                         batch_rows=batch_rows)
-    records = [{"index": i, "topic": row.get("topic", ""), "prompt": transcript(row), "completion": answer,
-                "reference": reference(row), "correct": task.evaluate(row, answer)}
-               for i, row, answer in zip(mine, rows, answers)]
-    found = ngram_score(ngram, tokenizer, task, rows, max_new_tokens) * len(rows) if ngram and rows else 0.0
+    records = [{
+        "index": i, "topic": row.get("topic", ""), "prompt": transcript(row), "completion": answer,
+        "reference": reference(row), "correct": task.evaluate(row, answer)
+    } for i, row, answer in zip(mine, rows, answers)]
+    found = ngram_score(ngram, tokenizer, task, rows,
+                        max_new_tokens) * len(rows) if ngram and rows else 0.0
     parts = rt.gather((records, tokens, found))
     records = sorted((r for part in parts for r in part[0]), key=lambda r: r["index"])
     accuracy = sum(r["correct"] for r in records) / len(records)
-    return {"accuracy": accuracy, "stderr": standard_error(accuracy, len(records)), "n": len(records),
-            "topics": by_topic(records), "chance": task.chance,
-            "constant": constant_score(task, [task[i] for i in range(len(task))]),
-            "ngram": sum(part[2] for part in parts) / len(records) if ngram else None,
-            "ngram_tokens": ngram.tokens if ngram else 0, "kind": task.kind, "source": task.source,
-            "tokens": sum(part[1] for part in parts), "records": records}
+    return {
+        "accuracy": accuracy, "stderr": standard_error(accuracy, len(records)), "n": len(records),
+        "topics": by_topic(records), "chance": task.chance,
+        "constant": constant_score(task, [task[i] for i in range(len(task))]),
+        "ngram": sum(part[2] for part in parts) / len(records) if ngram else None,
+        "ngram_tokens": ngram.tokens if ngram else 0, "kind": task.kind, "source": task.source,
+        "tokens": sum(part[1] for part in parts), "records": records
+    }
 
 # %% ../nbs/10_evaluation.ipynb #chatcore
 CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
@@ -633,7 +668,8 @@ def chatcore(accuracies: dict[str, float], names: Sequence[str] = CHATCORE) -> f
 CHECKPOINTS = ("base", "sft", "rl")
 
 
-def open_checkpoint(folder: Path, checkpoint: str, scratch: bool, rt: Runtime) -> tuple[GPT, Tokenizer, dict]:
+def open_checkpoint(folder: Path, checkpoint: str, scratch: bool,
+                    rt: Runtime) -> tuple[GPT, Tokenizer, dict]:
     """The run's model and tokenizer; in a scratch run a fresh tokenizer and an untrained model of one layer."""
     if not scratch:
         from nanochat_nb.checkpoint import load_model
@@ -658,8 +694,9 @@ def open_texts(folder: Path, text: Sequence[str], seed: int):
     """The text to measure on: `text`, else what the run's base model was trained on, else the embedded world."""
     from nanochat_nb.corpus import open_text
     trained = summary_of(folder, "base").get("parameters", {})
-    return open_text(list(text) or trained.get("text") or ["world"], documents=trained.get("documents") or 2000,
-                     seed=trained.get("seed", seed))
+    return open_text(
+        list(text) or trained.get("text") or ["world"], documents=trained.get("documents") or 2000,
+        seed=trained.get("seed", seed))
 
 
 def held_out(source, limit: int) -> dict[str, list[str]]:
@@ -671,8 +708,8 @@ def held_out(source, limit: int) -> dict[str, list[str]]:
     return texts
 
 # %% ../nbs/10_evaluation.ipynb #measure-text
-def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], *, batch_tokens: int,
-                 rt: Runtime) -> tuple[dict[str, float], int]:
+def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], *,
+                 batch_tokens: int, rt: Runtime) -> tuple[dict[str, float], int]:
     """Bits per byte over all texts (`document_bpb`) and per kind (`bpb/KIND`, up to 12 kinds), and the tokens read."""
     metrics, bits, size, tokens = {}, 0.0, 0, 0
     for kind, group in texts.items():
@@ -683,14 +720,20 @@ def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], 
     return overall | (metrics if len(metrics) <= 12 else {}), tokens
 
 
-def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], max_new_tokens: int) -> list[dict]:
+def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
+                  max_new_tokens: int) -> list[dict]:
     """The model's greedy continuation of the first words of the first held-out text of each kind (up to eight)."""
-    starts = [tokenizer.encode(group[0], prepend="<|bos|>")[:13] for group in list(texts.values())[:8]]
+    starts = [
+        tokenizer.encode(group[0], prepend="<|bos|>")[:13] for group in list(texts.values())[:8]
+    ]
     if not starts:
         return []
-    out = Engine(model, tokenizer).generate(starts, max_new_tokens=max_new_tokens, temperature=0.0, tools=False)
-    return [{"task": f"continue: {kind}", "prompt": tokenizer.decode(start[1:]),
-             "completion": answer_text(tokenizer, done[0].ids)} for kind, start, done in zip(texts, starts, out)]
+    out = Engine(model, tokenizer).generate(starts, max_new_tokens=max_new_tokens, temperature=0.0,
+                                            tools=False)
+    return [{
+        "task": f"continue: {kind}", "prompt": tokenizer.decode(start[1:]),
+        "completion": answer_text(tokenizer, done[0].ids)
+    } for kind, start, done in zip(texts, starts, out)]
 
 # %% ../nbs/10_evaluation.ipynb #fit-ngram
 def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | None:
@@ -705,14 +748,15 @@ def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | N
             budget -= len(ids)
             yield ids
     bos = "<|bos|>"
-    each = max(20, tokens // 800)                             # conversations of a kind: more than enough
+    each = max(20, tokens // 800)  # conversations of a kind: more than enough
     talk = zip(*(conversations(kind, "train", limit=each, seed=seed) for kind in EMBEDDED))
     chats = (tokenizer.render_conversation(c)[0] for turn in talk for c in turn)
     text = (tokenizer.encode(d.text, prepend=bos) for d in source.documents("train"))
     return NGram(tokenizer.vocab_size).fit(some(text, tokens / 2)).fit(some(chats, tokens / 2))
 
 # %% ../nbs/10_evaluation.ipynb #open-tasks
-def open_tasks(names: Sequence[str], data: str, limit: int, seed: int) -> tuple[list[Task], dict[str, str]]:
+def open_tasks(names: Sequence[str], data: str, limit: int,
+               seed: int) -> tuple[list[Task], dict[str, str]]:
     """The chat tasks to run, and for each that cannot run the reason. Only named tasks when `names` is not empty."""
     graded = [*EMBEDDED, *(name for name, real in REAL.items() if real.judge)]
     opened, skipped = [], {}
@@ -720,7 +764,8 @@ def open_tasks(names: Sequence[str], data: str, limit: int, seed: int) -> tuple[
         if name not in graded:
             raise UserError(f"unknown task {name!r}{nearest(name, graded)}")
         if name in ("code", "humaneval") and not isolation():
-            skipped[name] = "no sandbox works on this machine, so model-written programs are not run"
+            skipped[
+                name] = "no sandbox works on this machine, so model-written programs are not run"
             continue
         for split in ("test", "val") if name == "mmlu" else ("test",):
             try:
@@ -744,7 +789,8 @@ def score_line(name: str, r: dict) -> str:
     return f"{name:30} {r['accuracy']:6.1%} ± {r['stderr']:5.1%}   n {r['n']:5}{extra}"
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-base
-def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p: dict, rt: Runtime) -> dict:
+def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p: dict,
+                 rt: Runtime) -> dict:
     """CORE, when its files are there, and continuations. `p`: the stage's parameters."""
     out = {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0,
            "samples": continuations(model, tokenizer, texts, p["max_new_tokens"])}
@@ -757,28 +803,35 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p:
     if rt.is_main:
         write_records(folder, "base", "core", records)
     name = "core" if result["core"] is not None else "core_partial"
-    return out | {"tasks": result["tasks"], "core": result, "tokens": result["tokens"],
-                  "metrics": {name: result["partial"]} if result["tasks"] else {},
-                  "skipped": {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}}
+    return out | {
+        "tasks": result["tasks"], "core": result, "tokens": result["tokens"],
+        "metrics": {name: result["partial"]} if result["tasks"] else {},
+        "skipped": {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}
+    }
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-chat
-def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequence[Task], ngram: NGram | None, p: dict,
-                 rt: Runtime) -> dict:
+def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequence[Task],
+                 ngram: NGram | None, p: dict, rt: Runtime) -> dict:
     """All chat tasks, ChatCORE when it is complete, and the first conversation of each task as a sample."""
     tasks, samples, tokens = {}, [], 0
     for task in progress(opened, what=f"eval {p['checkpoint']}"):
         long = task.name in ("gsm8k", "humaneval", "spellingbee")
-        result = evaluate_task(model, tokenizer, task, max_new_tokens=max(p["max_new_tokens"], 256 * long), ngram=ngram,
+        result = evaluate_task(model, tokenizer, task,
+                               max_new_tokens=max(p["max_new_tokens"], 256 * long), ngram=ngram,
                                batch_rows=p["batch_rows"], batch_tokens=p["batch_tokens"], rt=rt)
         records = result.pop("records")
         if rt.is_main:
             write_records(folder, p["checkpoint"], task.name, records)
         tasks[task.name], tokens = result, tokens + result["tokens"]
-        samples.append({"task": task.name} | {k: records[0][k] for k in ("prompt", "completion", "reference", "correct")})
+        samples.append(
+            {"task": task.name}
+            | {k: records[0][k] for k in ("prompt", "completion", "reference", "correct")})
     accuracy = {name: r["accuracy"] for name, r in tasks.items()}
     means = {"chatcore": chatcore(accuracy), "chatcore_embedded": chatcore(accuracy, EMBEDDED)}
-    return {"metrics": {k: v for k, v in means.items() if v is not None}, "tasks": tasks, "samples": samples,
-            "skipped": {}, "tokens": tokens}
+    return {
+        "metrics": {k: v for k, v in means.items() if v is not None}, "tasks": tasks,
+        "samples": samples, "skipped": {}, "tokens": tokens
+    }
 
 
 def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
@@ -789,9 +842,10 @@ def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
     return out
 
 # %% ../nbs/10_evaluation.ipynb #run-eval
-def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], held_out_documents: int = 64,
-             data: str = "", tasks: list[str] = [], max_per_task: int = 8, core: bool = True,
-             core_max_per_task: int = 0, max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192,
+def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
+             held_out_documents: int = 64, data: str = "", tasks: list[str] = [],
+             max_per_task: int = 8, core: bool = True, core_max_per_task: int = 0,
+             max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192,
              ngram_tokens: int = 500_000, device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Examine the checkpoint `checkpoint` of `run`; write eval/CHECKPOINT.json and a record of every answer.
 
@@ -813,11 +867,12 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [], he
         ngram = fit_ngram(tokenizer, source, ngram_tokens, seed)
         found = examine_chat(model, tokenizer, folder, opened, ngram, p, rt)
     tokens += found["tokens"]
-    result = found | {"stage": "eval", "checkpoint": checkpoint, "step": meta.get("step"), "parameters": p,
-                      "skipped": skipped | found["skipped"], "tokens": tokens,
-                      "metrics": metrics | score_metrics(found["tasks"]) | found["metrics"],
-                      "flops": tokens * model.flops_per_token() / 3, "seconds": clock.seconds(),
-                      "peak_memory_bytes": max(rt.gather(peak_memory_bytes()))}
+    result = found | {
+        "stage": "eval", "checkpoint": checkpoint, "step": meta.get("step"), "parameters": p,
+        "skipped": skipped | found["skipped"], "tokens": tokens, "metrics": metrics | score_metrics(
+            found["tasks"]) | found["metrics"], "flops": tokens * model.flops_per_token() / 3,
+        "seconds": clock.seconds(), "peak_memory_bytes": max(rt.gather(peak_memory_bytes()))
+    }
     return finish_eval(folder, result, rt)
 
 # %% ../nbs/10_evaluation.ipynb #check-request
@@ -826,8 +881,9 @@ def check_request(checkpoint: str, data: str, held_out_documents: int) -> None:
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"unknown checkpoint {checkpoint!r}{nearest(checkpoint, CHECKPOINTS)}")
     if data and data != "huggingface" and not Path(data).is_dir():
-        raise UserError(f"no data folder {data}; give the folder that holds core/, mmlu/, gsm8k/ …, "
-                        "or \"huggingface\"")
+        raise UserError(
+            f"no data folder {data}; give the folder that holds core/, mmlu/, gsm8k/ …, "
+            "or \"huggingface\"")
     if held_out_documents < 1:
         raise UserError(f"held_out_documents must be at least 1, not {held_out_documents}")
 
@@ -848,7 +904,7 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
     """Write the result, print the scores and, loudly, what was skipped."""
     if rt.is_main:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
-        print(f"held-out text: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
+        print(f"held-out documents, each read alone: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
         if read := max((r.get("ngram_tokens", 0) for r in result["tasks"].values()), default=0):
             print(f"(constant: the best of the answers tried; ngram: counted on {read:,} tokens)")

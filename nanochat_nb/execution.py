@@ -281,10 +281,12 @@ def _namespaces(as_root: bool, root: str) -> list[str]:
             "\n".join(_visible())]
 
 # %% ../nbs/07_execution.ipynb #collect
-def _collect(process: subprocess.Popen, timeout: float, keep: int) -> tuple[list[bytes], bool, bool]:
+def _collect(process: subprocess.Popen, timeout: float,
+             keep: int) -> tuple[list[bytes], bool, bool]:
     """(the first `keep` bytes of stdout and stderr, timed_out, truncated) of a process that is dead
     afterwards."""
-    kept, cut, deadline, timed_out = {1: bytearray(), 2: bytearray()}, False, time.monotonic() + timeout, False
+    kept, cut, deadline, timed_out = {1: bytearray(),
+                                      2: bytearray()}, False, time.monotonic() + timeout, False
     with selectors.DefaultSelector() as pipes:
         pipes.register(process.stdout, selectors.EVENT_READ, 1)
         pipes.register(process.stderr, selectors.EVENT_READ, 2)

@@ -73,7 +73,7 @@ class Step:
     name: str
     stage: str
     needs: tuple[str, ...] = ()
-    fixed: tuple[tuple[str, str], ...] = ()                  # parameters that the plan itself decides
+    fixed: tuple[tuple[str, str], ...] = ()  # parameters that the plan itself decides
 
     @property
     def checkpoint(self) -> str:
@@ -116,7 +116,8 @@ def load_preset(preset: str | Path) -> dict[str, dict]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or any(not isinstance(v or {}, dict) for v in values.values()):
-        raise UserError(f"{path.name} must map each stage to its parameters, as in `base: {{depth: 4}}`")
+        raise UserError(
+            f"{path.name} must map each stage to its parameters, as in `base: {{depth: 4}}`")
     return {stage: dict(v or {}) for stage, v in values.items()}
 
 # %% ../nbs/15_launch.ipynb #parameters
@@ -168,7 +169,8 @@ def parse_setting(text: str) -> tuple[str, str, object]:
         raise UserError(f"--set {text!r}: the value is not YAML") from error
 
 
-def override(overrides: dict[str, dict], *, settings: Sequence[str] = (), **everywhere) -> dict[str, dict]:
+def override(overrides: dict[str, dict], *, settings: Sequence[str] = (),
+             **everywhere) -> dict[str, dict]:
     """`overrides` plus `settings` ("STAGE.PARAMETER=VALUE") plus each value of `everywhere` that is not None,
     given to every stage that has a parameter of that name."""
     merged = {stage: dict(values) for stage, values in overrides.items()}
@@ -207,11 +209,14 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
         raise UserError(f"depth must be at least 1, not {base['depth']}")
     vocab_size = stage_parameters(STEPS["tokenizer"], overrides)["vocab_size"]
     check_vocab_size(vocab_size)
-    config = GPTConfig.from_depth(base["depth"], vocab_size=vocab_size,
-                                  **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
-    plan = plan_base(config, **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
+    config = GPTConfig.from_depth(
+        base["depth"], vocab_size=vocab_size,
+        **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
+    plan = plan_base(config,
+                     **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
-    check_rl(stage_parameters(STEPS["rl"], overrides), Runtime(torch.device("cpu"), torch.float32, 0, processes))
+    check_rl(stage_parameters(STEPS["rl"], overrides),
+             Runtime(torch.device("cpu"), torch.float32, 0, processes))
     sft = stage_parameters(STEPS["sft"], overrides)
     rows = sft["total_batch_tokens"] or plan.batch_tokens
     if rows % base["sequence_len"]:
@@ -233,7 +238,8 @@ def check_names(overrides: dict[str, dict]) -> None:
     for stage, values in overrides.items():
         data = values.get("data", "")
         if data not in ("", "huggingface") and not Path(data).is_dir():
-            raise UserError(f"{stage}.data: there is no folder {data}; name one, or \"huggingface\"")
+            raise UserError(
+                f"{stage}.data: there is no folder {data}; name one, or \"huggingface\"")
     for stage, name in (("sft", "mixture"), ("rl", "tasks")):
         values = stage_parameters(STEPS[stage], overrides)
         weights = values[name] if stage == "sft" else dict.fromkeys(values[name], 1.0)
@@ -250,7 +256,9 @@ def check_source(stage: str, task: str, data: str) -> None:
     try:
         open_task(task, "train", data=data, limit=1)
     except DataMissing as error:
-        raise UserError(f"{error}; set {stage}.data to the folder that has it, or to \"huggingface\"") from error
+        raise UserError(
+            f"{error}; set {stage}.data to the folder that has it, or to \"huggingface\""
+        ) from error
 
 
 def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
@@ -260,7 +268,8 @@ def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
 
 # %% ../nbs/15_launch.ipynb #is-path
 def _is_path(value) -> bool:
-    return isinstance(value, str) and ("/" in value or Path(value).suffix != "") and Path(value).exists()
+    return isinstance(value, str) and ("/" in value
+                                       or Path(value).suffix != "") and Path(value).exists()
 
 
 def content_hash(path: str | Path) -> str:
@@ -269,7 +278,8 @@ def content_hash(path: str | Path) -> str:
     if path.is_file():
         return file_hash(path)
     inside = sorted(p for p in path.rglob("*") if p.is_file())
-    return hashlib.sha256("".join(f"{p.relative_to(path)} {file_hash(p)}\n" for p in inside).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{p.relative_to(path)} {file_hash(p)}\n"
+                                  for p in inside).encode()).hexdigest()
 
 
 def _with_contents(value):
@@ -287,7 +297,8 @@ def deciding(stage: str, parameters: dict) -> dict:
     `documents` counts here: a checkpoint knows its text by its hash, but the key is made before there is one.
     """
     from nanochat_nb.pretraining import UNIMPORTANT
-    idle = {"batch_rows", "batch_tokens", "device"} if stage == "eval" else UNIMPORTANT - {"documents", "dtype"}
+    idle = {"batch_rows", "batch_tokens", "device"
+            } if stage == "eval" else UNIMPORTANT - {"documents", "dtype"}
     return {k: v for k, v in parameters.items() if k not in idle}
 
 
@@ -304,12 +315,13 @@ def product_files(run: Path, step: Step) -> list[Path]:
     if step.stage == "eval":
         found = [run / "eval" / f"{step.checkpoint}.json"]
     elif step.stage == "report":
-        found = [run / name for name in ("report.md", "report.json")]
+        found = [run / f"report.{kind}" for kind in ("md", "json", "html")]
     elif step.stage == "tokenizer":
         found = sorted((run / "tokenizer").glob("*.json"))
     else:
         latest = sorted((run / step.stage).glob("step_*"))[-1:]
-        found = [p for folder in latest for p in sorted(folder.iterdir())] + [run / step.stage / "summary.json"]
+        found = [p for folder in latest
+                 for p in sorted(folder.iterdir())] + [run / step.stage / "summary.json"]
     return [p.relative_to(run) for p in found]
 
 
@@ -341,14 +353,15 @@ def identity(marker: dict) -> str:
     """What later steps depend on: the key, and the bytes of the weights or of the vocabulary."""
     kept = {k: v for k, v in marker.get("products", {}).items()
             if k.endswith("model.safetensors") or k.startswith("tokenizer/tokenizer")}
-    return hashlib.sha256(json.dumps([marker.get("key"), kept], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([marker.get("key"), kept],
+                                     sort_keys=True).encode()).hexdigest()
 
 
 def git_sha() -> str:
     """The commit of the code, for the record; empty outside git."""
     try:
-        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
+                              text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -358,7 +371,8 @@ def upstream(run: Path, step: Step) -> dict[str, str]:
     markers = {name: read_marker(run, STEPS[name]) for name in step.needs}
     for name, marker in markers.items():
         if marker.get("state") != "finished":
-            raise UserError(f"{step.name} needs {name}, which is not finished in {run.name}; run {name} first")
+            raise UserError(
+                f"{step.name} needs {name}, which is not finished in {run.name}; run {name} first")
     return {name: identity(marker) for name, marker in markers.items()}
 
 
@@ -398,7 +412,8 @@ def begin(run: Path, step: Step, key: str) -> None:
     if read_marker(run, step).get("key") != key:
         if where := set_aside(run, step):
             print(f"{step.name}: what was there was made with other parameters or inputs; it is now in {where}", flush=True)
-    write_json(marker_path(run, step), {"step": step.name, "key": key, "state": "started", "git": git_sha()})
+    write_json(marker_path(run, step),
+               {"step": step.name, "key": key, "state": "started", "git": git_sha()})
 
 
 def finish(run: Path, step: Step, key: str) -> None:
@@ -408,8 +423,9 @@ def finish(run: Path, step: Step, key: str) -> None:
         if not (run / name).is_file():
             raise RuntimeError(f"{step.name} ended without writing {name}")
         products[str(name)] = file_hash(run / name)
-    write_json(marker_path(run, step), {"step": step.name, "key": key, "state": "finished", "git": git_sha(),
-                                        "products": products})
+    write_json(marker_path(run, step), {
+        "step": step.name, "key": key, "state": "finished", "git": git_sha(), "products": products
+    })
 
 # %% ../nbs/15_launch.ipynb #tags
 def tags(cell: dict) -> list[str]:
@@ -451,8 +467,10 @@ def exported_cells(notebook: dict) -> dict[str, str]:
     cells = {}
     for cell in notebook["cells"]:
         lines = source(cell).split("\n")
-        if cell["cell_type"] == "code" and any(re.match(r"#\|\s*exporti?s?\s*$", line) for line in lines):
-            cells[cell["id"]] = _same_imports("\n".join(line for line in lines if not line.startswith("#|")))
+        if cell["cell_type"] == "code" and any(
+                re.match(r"#\|\s*exporti?s?\s*$", line) for line in lines):
+            cells[cell["id"]] = _same_imports("\n".join(line for line in lines
+                                                        if not line.startswith("#|")))
     return cells
 
 
@@ -467,7 +485,8 @@ def stale_exports(nbs: Path | None = None, library: Path | None = None) -> list[
         module = (library or ROOT / "nanochat_nb") / f"{name[1]}.py"
         text = module.read_text(encoding="utf-8") if module.exists() else ""
         blocks = re.findall(r"^# %% (\S+) #(\S+)\n(.*?)(?=^# %% |\Z)", text, re.M | re.S)
-        if {cell: _same_imports(code) for where, cell, code in blocks if where != "auto"} != exported_cells(notebook):
+        if {cell: _same_imports(code) for where, cell, code in blocks
+                if where != "auto"} != exported_cells(notebook):
             stale.append(path.name)
     return stale
 
@@ -475,7 +494,8 @@ def stale_exports(nbs: Path | None = None, library: Path | None = None) -> list[
 def check_exports() -> None:
     """Raise UserError when a notebook was edited and not exported."""
     if stale := stale_exports():
-        raise UserError(f"{', '.join(stale)} changed since the last export; run nbdev_export, then start again")
+        raise UserError(
+            f"{', '.join(stale)} changed since the last export; run nbdev_export, then start again")
 
 # %% ../nbs/15_launch.ipynb #save-whole
 def _save_whole(self, buffer: str, path: str) -> None:
@@ -538,27 +558,32 @@ def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> No
     """Run a stage notebook headless in a kernel of its own; `output` is its log, saved whole after each cell and
     every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of the error that a
     cell raised; the traceback is in `output`."""
-    sys.modules.setdefault("rfc3987_syntax", None)                     # a second of imports that validates nothing here
+    sys.modules.setdefault("rfc3987_syntax",
+                           None)  # a second of imports that validates nothing here
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     use_atomic_saves()
-    logging.getLogger("papermill").setLevel(logging.ERROR)             # it cannot parse some comments, and says so
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR)  # it cannot parse some comments, and says so
     output.parent.mkdir(parents=True, exist_ok=True)
     keep_earlier(output)
     pruned = nbformat.from_dict(prune(read_notebook(notebook), notebook.name))
     try:
         with kernel_options() as options:
-            papermill.execute_notebook(pruned, str(output), parameters=parameters, kernel_name="python3",
-                                       progress_bar=False, stdout_file=log, stderr_file=log, start_timeout=300,
-                                       autosave_cell_every=5, **options)
+            papermill.execute_notebook(pruned, str(output), parameters=parameters,
+                                       kernel_name="python3", progress_bar=False, stdout_file=log,
+                                       stderr_file=log, start_timeout=300, autosave_cell_every=5,
+                                       **options)
     except PapermillExecutionError as error:
         where = "" if error.ename == "UserError" else f"{error.ename}: "
-        raise UserError(f"{where}{error.evalue}" + (f" (traceback: {output})" if where else "")) from None
+        raise UserError(f"{where}{error.evalue}" +
+                        (f" (traceback: {output})" if where else "")) from None
     except DeadKernelError:
-        raise UserError(f"the process of {notebook.name} was killed, most often because memory ran out; lower "
-                        "micro_batch_rows, which changes no result, and run the same command again") from None
+        raise UserError(
+            f"the process of {notebook.name} was killed, most often because memory ran out; lower "
+            "micro_batch_rows, which changes no result, and run the same command again") from None
 
 # %% ../nbs/15_launch.ipynb #run-stage
 def run_stage(name: str, run: Path, overrides: dict[str, dict], log=None) -> None:
@@ -570,7 +595,8 @@ def run_stage(name: str, run: Path, overrides: dict[str, dict], log=None) -> Non
         begin(run, step, key)
     output = run / "notebooks" / (f"{name}.ipynb" if rank == 0 else f"{name}.rank{rank}.ipynb")
     given = overrides.get(step.stage, {}) | dict(step.fixed) | {"run": str(run)}
-    run_notebook(ROOT / "nbs" / f"{STAGES[step.stage].notebook}.ipynb", output, given, log if rank == 0 else None)
+    run_notebook(ROOT / "nbs" / f"{STAGES[step.stage].notebook}.ipynb", output, given,
+                 log if rank == 0 else None)
     if rank == 0:
         finish(run, step, key)
 
@@ -586,7 +612,8 @@ def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> No
     torchrun_says.parent.mkdir(parents=True, exist_ok=True)
     said = ""
     with open(torchrun_says, "wb") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, preexec_fn=die_with_parent)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors,
+                                 preexec_fn=die_with_parent)
         try:
             while block := child.stdout.read1(65536):
                 text = block.decode("utf-8", "replace")
@@ -599,7 +626,8 @@ def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> No
                 child.wait()
     if code:
         told = _ERROR.findall(said)
-        raise UserError(told[0] if told else f"{name} stopped; see {torchrun_says} and the notebooks beside it")
+        raise UserError(
+            told[0] if told else f"{name} stopped; see {torchrun_says} and the notebooks beside it")
 
 # %% ../nbs/15_launch.ipynb #only-one
 @contextlib.contextmanager
@@ -614,7 +642,9 @@ def only_one(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is working on {run.name}; wait for it or choose another --run") from None
+            raise UserError(
+                f"another process is working on {run.name}; wait for it or choose another --run"
+            ) from None
         yield
 
 
@@ -633,12 +663,14 @@ def launch(overrides: dict[str, dict], run: Path, *, title: str = "", processes:
     import yaml
     with only_one(run), open(run / "log.txt", "a", encoding="utf-8") as file:
         preset = run / "preset.yaml"
-        write_atomic(preset, f"# preset: {title or run.name}\n" + yaml.safe_dump(overrides, sort_keys=True))
+        write_atomic(preset,
+                     f"# preset: {title or run.name}\n" + yaml.safe_dump(overrides, sort_keys=True))
         log = Tee(sys.stdout, file)
         wanted = list(STEPS)[:list(STEPS).index(until) + 1]
         for number, name in enumerate(wanted, 1):
             step, heading = STEPS[name], f"[{number}/{len(wanted)}] {name}"
-            state = status(run, step, step_key(name, stage_parameters(step, overrides), upstream(run, step)))
+            state = status(run, step,
+                           step_key(name, stage_parameters(step, overrides), upstream(run, step)))
             if state == "finished":
                 log.write(f"{heading}: finished earlier\n")
                 continue
@@ -658,7 +690,10 @@ def show_report(run: Path) -> None:
     console = Console()
     console.print(Markdown((run / "report.md").read_text(encoding="utf-8")))
     name = run.name if run.parent == ROOT / "runs" else str(run)
-    console.print(f"\nEverything of this run is in {os.path.relpath(run)}", highlight=False)
+    console.print(
+        f"\nThe report card as a page, with curves: {os.path.relpath(run / 'report.html')}",
+        highlight=False)
+    console.print(f"Everything of this run is in {os.path.relpath(run)}", highlight=False)
     console.print(f"Chat with it:  bash run_all.sh chat --run {name}", highlight=False)
 
 # %% ../nbs/15_launch.ipynb #kernel
@@ -667,9 +702,11 @@ def _kernel(notebook, folder: Path, timeout: int = 600):
     """An nbclient with a running kernel in `folder`."""
     from nbclient import NotebookClient
     steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
+    env = {k: v
+           for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
     with kernel_options() as options:
-        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True, store_widget_state=False,
+        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3",
+                                coalesce_streams=True, store_widget_state=False,
                                 resources={"metadata": {"path": str(folder)}}, **options)
         client.reset_execution_trackers()
         with client.setup_kernel(env=env):
@@ -688,7 +725,8 @@ def _settle(cell) -> None:
         if output.output_type == "execute_result":
             output.execution_count = None
         if output.output_type == "stream" and output.name == "stderr":
-            output.text = "".join(line for line in output.text.splitlines(True) if not _PASSING.search(line))
+            output.text = "".join(line for line in output.text.splitlines(True)
+                                  if not _PASSING.search(line))
         if output.output_type != "stream" or output.text.strip():
             kept.append(output)
     cell.outputs = kept
@@ -730,7 +768,8 @@ def check_exercises(path: str | Path) -> list[str]:
         except CellExecutionError as error:
             return f"{error.ename}: {error.evalue}"
         _settle(cell)
-        return " ".join(o.text.strip() for o in cell.outputs if o.get("name") == "stderr")       # warnings count too
+        return " ".join(o.text.strip() for o in cell.outputs
+                        if o.get("name") == "stderr")  # warnings count too
 
     with _kernel(notebook, path.parent) as client:
         for index, cell in enumerate(notebook.cells):
@@ -739,7 +778,8 @@ def check_exercises(path: str | Path) -> list[str]:
             if "exercise" in tags(cell):
                 exercise = cell
                 stub = error_of(cell.source, index)
-                if not stub or stub.startswith(("SyntaxError", "IndentationError", "NameError", "ImportError")):
+                if not stub or stub.startswith(
+                    ("SyntaxError", "IndentationError", "NameError", "ImportError")):
                     wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: {stub or 'it passes'}")
             elif "solution" in tags(cell) and exercise is not None:
                 solved = error_of(cell.source + "\n" + exercise.source.split(CHECK, 1)[-1], index)
@@ -762,17 +802,21 @@ def refresh(numbers: Sequence[str] = ()) -> None:
         try:
             execute_lessons(path)
         except CellExecutionError as error:
-            raise UserError(f"{path.name} stopped at a cell; nothing of it was stored\n{error}") from None
+            raise UserError(
+                f"{path.name} stopped at a cell; nothing of it was stored\n{error}") from None
         changed = "outputs changed" if path.read_bytes() != before else "as before"
         print(f"{path.name}: {changed}, {time.monotonic() - start:.0f} s", flush=True)
 
 # %% ../nbs/15_launch.ipynb #arguments
 def arguments() -> argparse.ArgumentParser:
     """The parser of `python -m nanochat_nb.launch`."""
-    parser = argparse.ArgumentParser(prog="run_all.sh", description="Train a small ChatGPT from text to chat.")
-    parser.add_argument("what", nargs="?", default="laptop", metavar="PRESET",
-                        help="laptop, gpu, speedrun, a YAML file, or (under torchrun) one step of the plan")
-    parser.add_argument("--run", help="name of the run; its folder is runs/NAME (default: the preset's name)")
+    parser = argparse.ArgumentParser(prog="run_all.sh",
+                                     description="Train a small ChatGPT from text to chat.")
+    parser.add_argument(
+        "what", nargs="?", default="laptop", metavar="PRESET",
+        help="laptop, gpu, speedrun, a YAML file, or (under torchrun) one step of the plan")
+    parser.add_argument(
+        "--run", help="name of the run; its folder is runs/NAME (default: the preset's name)")
     parser.add_argument("--preset", help="the preset, when the first argument is a step")
     parser.add_argument("--depth", type=int, help="layers of the model: the one dial of its size")
     parser.add_argument("--text", nargs="+", metavar="FILE",
@@ -781,10 +825,12 @@ def arguments() -> argparse.ArgumentParser:
                         help="fine-tune on your own conversations (.jsonl)")
     parser.add_argument("--data", metavar="FOLDER",
                         help="benchmarks to evaluate on: CORE, MMLU, GSM8K, HumanEval")
-    parser.add_argument("--set", action="append", default=[], metavar="STAGE.PARAM=VALUE", dest="settings",
-                        help="override one parameter of one stage")
-    parser.add_argument("--processes", type=int, help="processes on this machine (default: one per GPU)")
-    parser.add_argument("--until", choices=list(STEPS), default="report", help="stop after this step")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.PARAM=VALUE",
+                        dest="settings", help="override one parameter of one stage")
+    parser.add_argument("--processes", type=int,
+                        help="processes on this machine (default: one per GPU)")
+    parser.add_argument("--until", choices=list(STEPS), default="report",
+                        help="stop after this step")
     return parser
 
 
@@ -840,8 +886,9 @@ def command_line() -> int:
         main()
         return 0
     except UserError as error:
-        ranks = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's own words drown standard error
-        print(f"error: {error}\n", end="", file=sys.stderr if ranks == 1 else sys.stdout, flush=True)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's own words drown standard error
+        print(f"error: {error}\n", end="", file=sys.stderr if ranks == 1 else sys.stdout,
+              flush=True)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes where it stopped.", file=sys.stderr)

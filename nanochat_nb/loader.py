@@ -29,7 +29,7 @@ class Buckets:
 
     def __init__(self, room: int):
         self.lists: list[list] = [[] for _ in range(room + 1)]
-        self.filled = 0                                      # bit n: the list of length n is not empty
+        self.filled = 0  # bit n: the list of length n is not empty
         self.total = 0
 
     def put(self, n: int, piece) -> None:
@@ -88,9 +88,9 @@ class Shards:
     """Documents as token ids on disk, each beginning with `<|bos|>`, numbered over all shards."""
     folder: Path
     index: dict
-    lengths: np.ndarray                                      # int32 (documents,): tokens, bos included
-    starts: np.ndarray                                       # int64 (documents,): offset in its shard
-    first: np.ndarray                                        # int64 (shards + 1,): first document's number
+    lengths: np.ndarray  # int32 (documents,): tokens, bos included
+    starts: np.ndarray  # int64 (documents,): offset in its shard
+    first: np.ndarray  # int64 (shards + 1,): first document's number
     _open: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -122,11 +122,13 @@ def _read_index(folder: Path) -> dict:
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no token shards in {folder}; run the stage that tokenizes first") from error
+        raise UserError(
+            f"no token shards in {folder}; run the stage that tokenizes first") from error
     except ValueError as error:
         raise _shard_error(folder / "index.json", "damaged") from error
     if not index["complete"]:
-        raise UserError(f"the token shards in {folder} are only half written; run the same stage again")
+        raise UserError(
+            f"the token shards in {folder} are only half written; run the same stage again")
     return index
 
 
@@ -135,7 +137,8 @@ def _shard_lengths(path: Path, shard: dict, itemsize: int) -> np.ndarray:
     if not path.exists():
         raise _shard_error(path, "missing")
     if path.stat().st_size != shard["tokens"] * itemsize:
-        raise _shard_error(path, f"truncated: {path.stat().st_size} of {shard['tokens'] * itemsize} bytes")
+        raise _shard_error(
+            path, f"truncated: {path.stat().st_size} of {shard['tokens'] * itemsize} bytes")
     try:
         saved = json.loads(path.with_suffix(".json").read_text("utf-8"))
         lengths = np.array(saved["lengths"], dtype=np.int32)
@@ -189,7 +192,8 @@ def _save_shard(folder: Path, number: int, documents: list[list[int]], dtype: st
     name, count = f"shard_{number:05d}.bin", sum(map(len, documents))
     ids = np.fromiter((i for d in documents for i in d), dtype=dtype, count=count).tobytes()
     write_atomic(folder / name, ids)
-    write_atomic((folder / name).with_suffix(".json"), json.dumps({"lengths": [len(d) for d in documents]}))
+    write_atomic((folder / name).with_suffix(".json"),
+                 json.dumps({"lengths": [len(d) for d in documents]}))
     return {"name": name, "tokens": count, "documents": len(documents),
             "sha256": hashlib.sha256(ids).hexdigest()}
 
@@ -223,7 +227,8 @@ class _Writer:
         """Write what is pending as a shard, and the index that names it."""
         if self.pending:
             number = len(self.index["shards"])
-            self.index["shards"].append(_save_shard(self.folder, number, self.pending, self.index["dtype"]))
+            self.index["shards"].append(
+                _save_shard(self.folder, number, self.pending, self.index["dtype"]))
             self.index.update(read=self.read, bytes=self.bytes)
             write_json(self.folder / "index.json", self.index)
         self.pending, self.size = [], 0
@@ -239,15 +244,19 @@ def write_shards(documents: Iterable, tokenizer: Tokenizer, folder: str | Path, 
     folder = Path(folder)
     key = {"source": source, "tokenizer": tokenizer.fingerprint(), "shard_tokens": shard_tokens}
     index = _reusable(folder, key) or key | {
-        "dtype": "uint16" if tokenizer.vocab_size <= 2 ** 16 else "uint32", "read": 0, "bytes": 0,
-        "bos": tokenizer.special("<|bos|>"), "vocab_size": tokenizer.vocab_size, "complete": False, "shards": []}
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", "read": 0, "bytes": 0,
+        "bos": tokenizer.special("<|bos|>"), "vocab_size": tokenizer.vocab_size, "complete": False,
+        "shards": []
+    }
     if not index["complete"]:
         writer, documents = _Writer(folder, index), islice(iter(documents), index["read"], None)
-        with progress(what="tokenizing", show=show, initial=sum(s["tokens"] for s in index["shards"])) as bar:
+        with progress(what="tokenizing", show=show,
+                      initial=sum(s["tokens"] for s in index["shards"])) as bar:
             while group := list(islice(documents, batch)):
                 texts = [t for d in group if (t := d if isinstance(d, str) else d.text)]
                 rows = tokenizer.encode_batch(texts, prepend="<|bos|>")
-                writer.add(rows, read=len(group), nbytes=sum(len(t.encode("utf-8", "replace")) for t in texts))
+                writer.add(rows, read=len(group),
+                           nbytes=sum(len(t.encode("utf-8", "replace")) for t in texts))
                 bar.update(sum(map(len, rows)))
         writer.flush()
         if not index["shards"]:
@@ -260,7 +269,7 @@ def write_shards(documents: Iterable, tokenizer: Tokenizer, folder: str | Path, 
 class Plan:
     """Rows of pieces `(document, begin, end)`, in the order in which they are trained on."""
     pieces: np.ndarray                                       # int64 (pieces, 3)
-    rows: np.ndarray                                         # int64 (rows + 1,): each row's first piece
+    rows: np.ndarray  # int64 (rows + 1,): each row's first piece
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -312,7 +321,7 @@ def _write_marks(path: Path, shards: Shards, marks: list[list]) -> None:
     try:
         write_atomic(path, json.dumps({"key": _marks_key(shards), "marks": marks}))
     except (UserError, OSError):
-        pass                                                 # only a shortcut: without it, plan again
+        pass  # only a shortcut: without it, plan again
 
 # %% ../nbs/03_loader.ipynb #plans
 def plans(shards: Shards, *, sequence_len: int, seed: int, start_row: int = 0,
@@ -364,9 +373,10 @@ def _rows_from(shards: Shards, start_row: int, **options) -> Iterator[np.ndarray
             yield plan.row(i)
 
 # %% ../nbs/03_loader.ipynb #pretraining-batches
-def pretraining_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int = 0, rank: int = 0,
-                        world_size: int = 1, start_step: int = 0, device: torch.device | str = "cpu",
-                        ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def pretraining_batches(
+    shards: Shards, *, rows: int, sequence_len: int, seed: int = 0, rank: int = 0,
+    world_size: int = 1, start_step: int = 0, device: torch.device | str = "cpu",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`(idx, targets)` from step `start_step` on, without end: int64 (rows / world_size, sequence_len).
 
     `rows` counts over all ranks; every row begins with `<|bos|>`. A step's rows depend on shards, seed, `rows`
@@ -377,7 +387,8 @@ def pretraining_batches(shards: Shards, *, rows: int, sequence_len: int, seed: i
         raise UserError(f"the corpus is too small for one batch: it has {shards.num_tokens:,} tokens, {rows} rows "
                         f"of {sequence_len + 1} need {rows * (sequence_len + 1):,}; give more text or make the "
                         "batch smaller")
-    source = _rows_from(shards, start_step * rows, sequence_len=sequence_len, seed=seed, remember=rank == 0)
+    source = _rows_from(shards, start_step * rows, sequence_len=sequence_len, seed=seed,
+                        remember=rank == 0)
     while True:
         step = list(islice(source, rows))[rank * mine:(rank + 1) * mine]
         block = np.empty((mine, sequence_len + 1), dtype=np.int64)
@@ -390,7 +401,8 @@ def pretraining_batches(shards: Shards, *, rows: int, sequence_len: int, seed: i
 def _to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`x` on `device`; to a GPU from pinned memory, without waiting."""
     x = x.contiguous()
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+    return x.pin_memory().to(
+        device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 # %% ../nbs/03_loader.ipynb #exchanges
 def _exchanges(ids: Sequence[int], user_start: int) -> list[tuple[int, int]]:
@@ -429,7 +441,7 @@ def _shorten(words: list[int], learn: list[int], room: int) -> tuple[list[int], 
 @dataclass
 class PackedRows:
     """Conversations packed into rows; `stats` counts what packing did."""
-    pieces: list[tuple[np.ndarray, np.ndarray]]              # (ids int32, mask bool), each fits a row
+    pieces: list[tuple[np.ndarray, np.ndarray]]  # (ids int32, mask bool), each fits a row
     plan: list[list[int]]                                    # per row, the numbers of its pieces
     sequence_len: int
     pad: int                                                 # the id that fills the rest of a row
@@ -447,7 +459,8 @@ class PackedRows:
             for piece, mask in (self.pieces[p] for p in self.plan[n]):
                 ids[r, at:at + len(piece)], learn[r, at:at + len(piece)] = piece, mask
                 at += len(piece)
-        return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(np.where(learn, ids, -1)[:, 1:].copy())
+        return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(
+            np.where(learn, ids, -1)[:, 1:].copy())
 
 # %% ../nbs/03_loader.ipynb #pack-whole
 def _pack_whole(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -464,8 +477,8 @@ def _pack_whole(lengths: Sequence[int], room: int) -> list[list[int]]:
     return plan
 
 
-def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], *, sequence_len: int,
-                       tokenizer: Tokenizer) -> PackedRows:
+def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], *,
+                       sequence_len: int, tokenizer: Tokenizer) -> PackedRows:
     """Pack rendered conversations `(ids, mask)` whole into rows, longest first, best fit.
 
     One too long for a row is cut before a user's turn. Every row begins with `<|bos|>` and has a target.
@@ -473,11 +486,13 @@ def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int
     (nothing to learn), rows, tokens, targets, padding. Raises UserError when nothing is left to learn.
     """
     room, user_start = sequence_len + 1, tokenizer.special("<|user_start|>")
-    stats = dict.fromkeys(("conversations", "cut", "shortened", "empty", "rows", "tokens", "targets", "padding"), 0)
+    stats = dict.fromkeys(
+        ("conversations", "cut", "shortened", "empty", "rows", "tokens", "targets", "padding"), 0)
     pieces = []
     for ids, mask in conversations:
         stats["conversations"] += 1
-        parts, shortened = ([(ids, mask)], 0) if len(ids) <= room else cut_conversation(ids, mask, room, user_start)
+        parts, shortened = ([(ids, mask)], 0) if len(ids) <= room else cut_conversation(
+            ids, mask, room, user_start)
         stats["cut"] += len(parts) > 1
         stats["shortened"] += shortened > 0
         parts = [(i, m) for i, m in parts if 1 in m]
@@ -492,9 +507,10 @@ def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int
     return PackedRows(pieces, plan, sequence_len, tokenizer.special("<|bos|>"), stats)
 
 # %% ../nbs/03_loader.ipynb #packed-batches
-def packed_batches(packed: PackedRows, *, rows: int, seed: int = 0, rank: int = 0, world_size: int = 1,
-                   start_step: int = 0, device: torch.device | str = "cpu",
-                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def packed_batches(
+    packed: PackedRows, *, rows: int, seed: int = 0, rank: int = 0, world_size: int = 1,
+    start_step: int = 0, device: torch.device | str = "cpu",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`(idx, targets)` from step `start_step` on, without end; rows are shuffled anew each epoch."""
     mine, first, epoch, order = check_split(rows, world_size), start_step * rows, -1, None
     while True:
@@ -502,7 +518,8 @@ def packed_batches(packed: PackedRows, *, rows: int, seed: int = 0, rank: int = 
         for i in range(first + rank * mine, first + (rank + 1) * mine):
             if i // len(packed) != epoch:
                 epoch = i // len(packed)
-                order = np.random.default_rng(seed_of(seed, "packed", epoch)).permutation(len(packed))
+                order = np.random.default_rng(seed_of(seed, "packed",
+                                                      epoch)).permutation(len(packed))
             numbers.append(int(order[i % len(packed)]))
         first += rows
         idx, targets = packed.rows(numbers)

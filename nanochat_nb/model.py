@@ -67,7 +67,8 @@ class GPTConfig:
         """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads."""
         n_head = -(-depth * aspect_ratio // head_dim)
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
-                   n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern, **more)
+                   n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern,
+                   **more)
 
 # %% ../nbs/04_model.ipynb #check-config
 def _check_config(c: GPTConfig) -> None:
@@ -75,19 +76,22 @@ def _check_config(c: GPTConfig) -> None:
         if getattr(c, name) < 1:
             raise UserError(f"{name}={getattr(c, name)} must be at least 1")
     if c.n_embd % c.n_head or c.head_dim % 2:
-        raise UserError(f"n_embd={c.n_embd} does not divide into n_head={c.n_head} heads of an even "
-                        "number of channels")
+        raise UserError(
+            f"n_embd={c.n_embd} does not divide into n_head={c.n_head} heads of an even "
+            "number of channels")
     if c.n_head % c.n_kv_head:
         raise UserError(f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
     if c.n_embd < 24:
         raise UserError(f"n_embd={c.n_embd} is below 24, the channels that the smear gate reads")
     unknown = sorted(set(c.window_pattern) - set("SLF"))
     if unknown or not c.window_pattern:
-        raise UserError(f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and "
-                        "F (no limit)")
+        raise UserError(
+            f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and "
+            "F (no limit)")
     outside = [i for i in c.value_embed_layers if not 0 <= i < c.n_layer]
     if outside:
-        raise UserError(f"value_embed_layers names layer {outside[0]}; there are only {c.n_layer} layers")
+        raise UserError(
+            f"value_embed_layers names layer {outside[0]}; there are only {c.n_layer} layers")
 
 # %% ../nbs/04_model.ipynb #layer-windows
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
@@ -310,8 +314,9 @@ def check_ids(idx: Tensor, model: Trunk) -> None:
     On a GPU the ids are not looked at: that would make the GPU wait in every step.
     """
     if idx.ndim != 2 or idx.size(1) > model.cos.size(0):
-        raise UserError(f"ids of shape {tuple(idx.shape)}: expected (batch, time) with time at most "
-                        f"{model.cos.size(0)}, ten times the model's sequence_len")
+        raise UserError(
+            f"ids of shape {tuple(idx.shape)}: expected (batch, time) with time at most "
+            f"{model.cos.size(0)}, ten times the model's sequence_len")
     if idx.device.type != "cpu" or not idx.numel():
         return
     low, high = int(idx.min()), int(idx.max())
@@ -554,7 +559,8 @@ class KVCache:
         """Store new keys and values (B, T, H_kv, D); return all of the layer's and no mask."""
         batch, time = k.shape[:2]
         if self.filled + time > self.max_len < int((self.positions + self.lengths).max()):
-            raise UserError(f"the cache holds {self.max_len} tokens per row and this text is longer")
+            raise UserError(
+                f"the cache holds {self.max_len} tokens per row and this text is longer")
         step = torch.arange(time, device=k.device)
         valid = step < self.lengths[:, None]
         slot = torch.where(valid, self.positions[:, None] + step, self.max_len)

@@ -128,10 +128,13 @@ def pad(rows: Tensor, n: int) -> Tensor:
 class AdamWStack:
     """One parameter, cut into elements: this rank's part of its AdamW state, and how to update it."""
 
-    def __init__(self, group: dict, params: list[Tensor], names: list[str], rank: int, world_size: int):
+    def __init__(self, group: dict, params: list[Tensor], names: list[str], rank: int,
+                 world_size: int):
         self.group, self.params, self.names = group, params, names
         self.shard = Shard(params[0].numel(), rank, world_size)
-        self.state = {k: torch.zeros_like(self.shard_of(self.rows(params))) for k in ("mean", "square")}
+        self.state = {
+            k: torch.zeros_like(self.shard_of(self.rows(params))) for k in ("mean", "square")
+        }
 
     def rows(self, tensors: list[Tensor]) -> Tensor:
         """The tensors as rows to divide over ranks: here the elements of one."""
@@ -155,7 +158,8 @@ class AdamWStack:
 class MuonStack(AdamWStack):
     """Matrices of one shape, stacked: this rank's whole matrices and their Muon state."""
 
-    def __init__(self, group: dict, params: list[Tensor], names: list[str], rank: int, world_size: int):
+    def __init__(self, group: dict, params: list[Tensor], names: list[str], rank: int,
+                 world_size: int):
         self.group, self.params, self.names = group, params, names
         self.shard = Shard(len(params), rank, world_size)
         (m, n), k = params[0].shape, len(range(len(params))[self.shard.mine])
@@ -279,8 +283,9 @@ def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
             for name, p in zip(stack.names, stack.params):
                 want = p.shape if key != "second" else part.shape[1:]
                 if f"{name}.{key}" not in state or state[f"{name}.{key}"].shape != want:
-                    raise UserError(f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
-                                    "it belongs to another model")
+                    raise UserError(
+                        f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
+                        "it belongs to another model")
 
 # %% ../nbs/05_optimizer.ipynb #build-optimizer
 def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02,
@@ -308,8 +313,8 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
     return MuonAdamW(groups, rt, dtype=model.dtype)
 
 
-def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple, weight_decay: float,
-                eps: float = 1e-10) -> dict:
+def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple,
+                weight_decay: float, eps: float = 1e-10) -> dict:
     """An AdamW group of the parameters whose names begin with one of `prefixes`."""
     names = [name for name in params if name.startswith(prefixes)]
     return {"kind": "adamw", "names": names, "params": [params[name] for name in names],
@@ -322,6 +327,8 @@ def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
     groups = []
     for shape in sorted({tuple(p.shape) for p in matrices.values()}):
         names = [name for name, p in matrices.items() if tuple(p.shape) == shape]
-        groups.append({"kind": "muon", "names": names, "params": [matrices[name] for name in names], "lr": lr,
-                       "momentum": 0.95, "beta2": 0.9, "ns_steps": 5, "weight_decay": weight_decay})
+        groups.append({
+            "kind": "muon", "names": names, "params": [matrices[name] for name in names], "lr": lr,
+            "momentum": 0.95, "beta2": 0.9, "ns_steps": 5, "weight_decay": weight_decay
+        })
     return groups

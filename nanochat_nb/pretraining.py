@@ -25,8 +25,8 @@ from .inference import Engine
 from .loader import Shards, open_shards, pretraining_batches, write_shards
 from .model import GPT, GPTConfig
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progress, run_folder, start_runtime,
-                                 write_json)
+from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progress,
+                                 run_folder, start_runtime, write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
@@ -43,7 +43,7 @@ REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
 REFERENCE_BATCH = 2**19        # tokens a step that were best there
 REFERENCE_RATIO = 12           # tokens read per scaling parameter there
 BATCH_EXPONENT = 0.383         # best batch ∝ tokens^0.383 ("Power Lines", arXiv 2505.13738)
-HORIZON_EXPONENT = 0.32        # best learning rate ∝ tokens^-0.32 (Bjorck et al. 2024, arXiv 2409.19913)
+HORIZON_EXPONENT = 0.32  # best learning rate ∝ tokens^-0.32 (Bjorck et al. 2024, arXiv 2409.19913)
 
 
 def scaling_parameters(config: GPTConfig) -> int:
@@ -82,8 +82,8 @@ class Plan:
     warmup_steps: int
 
 
-def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, total_batch_tokens: int = 0,
-              warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
+def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
+              total_batch_tokens: int = 0, warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
     """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
 
     `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for
@@ -93,19 +93,23 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0, t
     parameters = scaling_parameters(config)
     reference = token_ratio * scaling_parameters(_at_depth(config, REFERENCE_DEPTH))
     batch = total_batch_tokens or _round_batch(
-        best_batch(reference_tokens=reference, steps=steps, tokens=0 if steps else token_ratio * parameters),
-        config.sequence_len)
+        best_batch(reference_tokens=reference, steps=steps,
+                   tokens=0 if steps else token_ratio * parameters), config.sequence_len)
     steps = steps or max(1, round(token_ratio * parameters / batch))
     anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's learning rates were tuned for
     scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=anchor)
-    decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(steps * batch, token_ratio * parameters)
+    decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(
+        steps * batch, token_ratio * parameters)
     return Plan(steps=steps, batch_tokens=batch, tokens=steps * batch, parameters=parameters,
-                lr_scale=lr_scale * scale, weight_decay=decay, warmup_steps=min(warmup_steps, max(1, steps // 10)))
+                lr_scale=lr_scale * scale, weight_decay=decay,
+                warmup_steps=min(warmup_steps, max(1, steps // 10)))
 
 # %% ../nbs/11_pretraining.ipynb #at-depth
 def _at_depth(config: GPTConfig, depth: int) -> GPTConfig:
-    return GPTConfig.from_depth(depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
-                                head_dim=config.n_embd // config.n_head, window_pattern=config.window_pattern)
+    return GPTConfig.from_depth(depth, vocab_size=config.vocab_size,
+                                sequence_len=config.sequence_len,
+                                head_dim=config.n_embd // config.n_head,
+                                window_pattern=config.window_pattern)
 
 
 def _round_batch(tokens: float, sequence_len: int) -> int:
@@ -118,12 +122,15 @@ def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr
         raise UserError(f"token_ratio must be positive, not {token_ratio}: it is the tokens read per parameter (12 is a good one)")
     if lr_scale <= 0:
         raise UserError(f"lr_scale must be positive, not {lr_scale}")
-    for name, value in (("steps", steps), ("total_batch_tokens", total_batch_tokens), ("warmup_steps", warmup_steps)):
+    for name, value in (("steps", steps), ("total_batch_tokens", total_batch_tokens),
+                        ("warmup_steps", warmup_steps)):
         if value < 0:
-            raise UserError(f"{name} must not be negative, but is {value} (0 leaves it to the rule)")
+            raise UserError(
+                f"{name} must not be negative, but is {value} (0 leaves it to the rule)")
 
 # %% ../nbs/11_pretraining.ipynb #lr-multiplier
-def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0.65, final: float = 0.05) -> float:
+def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0.65,
+                  final: float = 0.05) -> float:
     """Linear warmup over `warmup` steps, constant, linear warmdown over the last share `warmdown` to `final`."""
     if step < warmup:
         return (step + 1) / warmup
@@ -147,7 +154,8 @@ def decay_multiplier(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 # %% ../nbs/11_pretraining.ipynb #accumulate
-def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime, micro_batch_rows: int) -> float:
+def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime,
+               micro_batch_rows: int) -> float:
     """Backward through this rank's rows, a few at a time; the mean loss per target of the batch.
 
     The batch is the global one. `idx`, `targets`: (rows, T) of this rank. Gradients are left such
@@ -344,12 +352,14 @@ def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], docum
     return open_shards(folder / "train"), open_shards(folder / "val")
 
 # %% ../nbs/11_pretraining.ipynb #check-rows
-def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int, world_size: int) -> None:
+def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int,
+               world_size: int) -> None:
     """Raise UserError unless a batch is whole rows and divides over the ranks."""
     rows = batch_tokens // sequence_len
     if batch_tokens < sequence_len or batch_tokens % sequence_len:
-        raise UserError(f"total_batch_tokens {batch_tokens} is no multiple of sequence_len {sequence_len}; "
-                        f"try {max(1, rows) * sequence_len}")
+        raise UserError(
+            f"total_batch_tokens {batch_tokens} is no multiple of sequence_len {sequence_len}; "
+            f"try {max(1, rows) * sequence_len}")
     if micro_batch_rows < 1:
         raise UserError(f"micro_batch_rows must be at least 1, not {micro_batch_rows}")
     if rows % world_size:
@@ -361,20 +371,24 @@ def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> N
     """Raise UserError when the corpus does not fill one batch; say so when it will be read several times."""
     needed = plan.batch_tokens + plan.batch_tokens // sequence_len
     if train.num_tokens < needed:
-        raise UserError(f"the corpus is too small: {train.num_tokens} tokens, and one batch needs {needed}; "
-                        "give more text or lower total_batch_tokens")
+        raise UserError(
+            f"the corpus is too small: {train.num_tokens} tokens, and one batch needs {needed}; "
+            "give more text or lower total_batch_tokens")
     if plan.tokens > train.num_tokens and rt.is_main:
         print(f"base: the corpus has {train.num_tokens:,} tokens, fewer than the {plan.tokens:,} of the run: "
               f"it will be read {plan.tokens / train.num_tokens:.1f} times", flush=True)
 
 # %% ../nbs/11_pretraining.ipynb #base-batches
-def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt: Runtime, start_step: int = 0):
+def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt: Runtime,
+                 start_step: int = 0):
     """(idx, targets) of this rank for each step from `start_step` on; see `loader.pretraining_batches`."""
-    return pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed, rank=rt.rank,
-                               world_size=rt.world_size, start_step=start_step, device=rt.device)
+    return pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed,
+                               rank=rt.rank, world_size=rt.world_size, start_step=start_step,
+                               device=rt.device)
 
 
-def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int, world_size: int) -> tuple[int, int]:
+def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
+                    world_size: int) -> tuple[int, int]:
     """(rows per batch, batches): as asked, or fewer when the validation text is short, so that none is read twice."""
     there = val.num_tokens // (sequence_len + 1)
     rows = min(rows, there) // world_size * world_size
@@ -387,8 +401,10 @@ def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int, 
 def validation_bpb(model, val: Shards, token_bytes, *, rows: int, sequence_len: int, batches: int,
                    micro_batch_rows: int, rt: Runtime) -> float:
     """Bits per byte on the first `batches` batches of the validation text, always the same ones."""
-    rows, batches = validation_rows(val, rows=rows, sequence_len=sequence_len, batches=batches, world_size=rt.world_size)
-    pieces = (piece for idx, targets in islice(base_batches(val, rows=rows, sequence_len=sequence_len, seed=0, rt=rt), batches)
+    rows, batches = validation_rows(val, rows=rows, sequence_len=sequence_len, batches=batches,
+                                    world_size=rt.world_size)
+    pieces = (piece for idx, targets in islice(
+        base_batches(val, rows=rows, sequence_len=sequence_len, seed=0, rt=rt), batches)
               for piece in zip(idx.split(micro_batch_rows), targets.split(micro_batch_rows)))
     return bits_per_byte(model, pieces, token_bytes, rt=rt)
 
@@ -398,10 +414,14 @@ def opening_prompts(val: Shards, *, count: int = 3, tokens: int = 8) -> list[lis
     return [val.document(i)[:tokens + 1].tolist() for i in range(min(count, val.num_documents))]
 
 
-def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int = 32) -> list[str]:
+def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], *,
+                 max_new_tokens: int = 32) -> list[str]:
     """The model's greedy continuation of each prompt, as text with its prompt."""
-    out = Engine(model, tokenizer).generate(prompts, max_new_tokens=max_new_tokens, temperature=0.0, tools=False)
-    return [tokenizer.decode(p[1:]) + " → " + tokenizer.decode(c[0].ids) for p, c in zip(prompts, out)]
+    out = Engine(model, tokenizer).generate(prompts, max_new_tokens=max_new_tokens, temperature=0.0,
+                                            tools=False)
+    return [
+        tokenizer.decode(p[1:]) + " → " + tokenizer.decode(c[0].ids) for p, c in zip(prompts, out)
+    ]
 
 # %% ../nbs/11_pretraining.ipynb #open-run
 def open_run(run: str, rt: Runtime) -> Path:
@@ -429,8 +449,10 @@ def compiled(model: GPT, rt: Runtime, compile: bool):
     return torch.compile(model, dynamic=False) if compile and rt.device.type == "cuda" else model
 
 # %% ../nbs/11_pretraining.ipynb #recipe
-UNIMPORTANT = {"run", "documents", "micro_batch_rows", "eval_every", "eval_batches", "sample_every", "save_every", "keep",
-               "compile", "device", "dtype"}
+UNIMPORTANT = {
+    "run", "documents", "micro_batch_rows", "eval_every", "eval_batches", "sample_every",
+    "save_every", "keep", "compile", "device", "dtype"
+}
 
 
 def recipe(parameters: dict, **inputs) -> dict:
@@ -463,20 +485,25 @@ def peak_flops(device: torch.device) -> float | None:
     return data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 # %% ../nbs/11_pretraining.ipynb #pretrain
-def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: Shards, val: Shards, p: dict) -> dict:
+def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: Shards, val: Shards,
+             p: dict) -> dict:
     """The steps that are left of a pretraining run with parameters `p`, its validations and samples; its summary."""
     rt, T, rows = loop.rt, p["sequence_len"], plan.batch_tokens // p["sequence_len"]
-    batches = base_batches(train, rows=rows, sequence_len=T, seed=p["seed"], rt=rt, start_step=loop.step)
-    flops, token_bytes = loop.model.flops_per_token(), torch.as_tensor(tokenizer.token_bytes(), device=rt.device)
+    batches = base_batches(train, rows=rows, sequence_len=T, seed=p["seed"], rt=rt,
+                           start_step=loop.step)
+    flops, token_bytes = loop.model.flops_per_token(), torch.as_tensor(
+        tokenizer.token_bytes(), device=rt.device)
 
     def look(step: int, last: bool = False) -> None:
         if last or due(step, p["eval_every"]):
-            bpb = validation_bpb(net, val, token_bytes, rows=rows, sequence_len=T, batches=p["eval_batches"],
-                                 micro_batch_rows=p["micro_batch_rows"], rt=rt)
+            bpb = validation_bpb(net, val, token_bytes, rows=rows, sequence_len=T,
+                                 batches=p["eval_batches"], micro_batch_rows=p["micro_batch_rows"],
+                                 rt=rt)
             loop.metrics.log(step, val_bpb=bpb)
             say(loop, f"step {step}: {bpb:.3f} bits per byte on validation text")
         if rt.is_main and (last or due(step, p["sample_every"])):
-            loop.metrics.log(step, samples=sample_texts(loop.model, tokenizer, opening_prompts(val)))
+            loop.metrics.log(step, samples=sample_texts(loop.model, tokenizer,
+                                                        opening_prompts(val)))
 
     for step in training_steps(loop):
         look(step)
@@ -496,12 +523,14 @@ def pretraining_step(loop: TrainingLoop, net, batch, plan: Plan, flops: float,
     record(loop, began, loss=loss, lr=lr, tokens=plan.batch_tokens, flops=flops * plan.batch_tokens)
 
 
-def record(loop: TrainingLoop, began: float, *, loss: float, tokens: int, flops: float, **values) -> None:
+def record(loop: TrainingLoop, began: float, *, loss: float, tokens: int, flops: float,
+           **values) -> None:
     """Log a finished step and count what it cost; `began` is its start by `time.monotonic()`."""
     seconds = time.monotonic() - began
     loop.tokens += tokens
     loop.flops += flops
-    loop.metrics.log(loop.step, loss=loss, **values, tokens=loop.tokens, tokens_per_second=tokens / seconds, seconds=seconds)
+    loop.metrics.log(loop.step, loss=loss, **values, tokens=loop.tokens,
+                     tokens_per_second=tokens / seconds, seconds=seconds)
     loop.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
 
 # %% ../nbs/11_pretraining.ipynb #base-metrics
@@ -510,7 +539,9 @@ def base_metrics(loop: TrainingLoop) -> dict:
     rows = loop.rt.broadcast(loop.metrics.rows())
     losses = [r["loss"] for r in rows if "loss" in r]
     bpb = [r["val_bpb"] for r in rows if "val_bpb" in r]
-    return {"val_bpb": bpb[-1], "best_val_bpb": min(bpb), "loss": sum(losses[-10:]) / len(losses[-10:])}
+    return {
+        "val_bpb": bpb[-1], "best_val_bpb": min(bpb), "loss": sum(losses[-10:]) / len(losses[-10:])
+    }
 
 
 def mfu(loop: TrainingLoop) -> float | None:
@@ -520,11 +551,13 @@ def mfu(loop: TrainingLoop) -> float | None:
     return loop.flops / spent / (peak * loop.rt.world_size) if peak and spent else None
 
 # %% ../nbs/11_pretraining.ipynb #run-base
-def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, depth: int = 2, head_dim: int = 64,
-             sequence_len: int = 128, window_pattern: str = "SSSL", token_ratio: float = 12.0, steps: int = 40,
-             total_batch_tokens: int = 2048, micro_batch_rows: int = 32, warmup_steps: int = 40, lr_scale: float = 1.0,
-             eval_every: int = 20, eval_batches: int = 4, sample_every: int = 40, save_every: int = 200, keep: int = 2,
-             compile: bool = True, device: str = "", dtype: str = "", seed: int = 0) -> dict:
+def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, depth: int = 2,
+             head_dim: int = 64, sequence_len: int = 128, window_pattern: str = "SSSL",
+             token_ratio: float = 12.0, steps: int = 40, total_batch_tokens: int = 2048,
+             micro_batch_rows: int = 32, warmup_steps: int = 40, lr_scale: float = 1.0,
+             eval_every: int = 20, eval_batches: int = 4, sample_every: int = 40,
+             save_every: int = 200, keep: int = 2, compile: bool = True, device: str = "",
+             dtype: str = "", seed: int = 0) -> dict:
     """Pretrain a model of `depth` on `text` into `run`/base, or resume where it was interrupted.
 
     The notebook's parameters cell explains the parameters. Returns the summary that base/summary.json holds.
@@ -536,19 +569,22 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
         raise UserError(f"depth must be at least 1, not {depth}")
     folder = open_run(run, rt)
     tokenizer = prepare_tokenizer(run, folder, rt)
-    config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len, head_dim=head_dim,
-                                  window_pattern=window_pattern)
-    plan = plan_base(config, token_ratio=token_ratio, steps=steps, total_batch_tokens=total_batch_tokens,
-                     warmup_steps=warmup_steps, lr_scale=lr_scale)
+    config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len,
+                                  head_dim=head_dim, window_pattern=window_pattern)
+    plan = plan_base(config, token_ratio=token_ratio, steps=steps,
+                     total_batch_tokens=total_batch_tokens, warmup_steps=warmup_steps,
+                     lr_scale=lr_scale)
     check_rows(plan.batch_tokens, sequence_len, micro_batch_rows, rt.world_size)
-    train, val = prepare_tokens(folder / "tokens", tokenizer, text=text, documents=documents, seed=seed,
-                                tokens=plan.tokens, rt=rt)
+    train, val = prepare_tokens(folder / "tokens", tokenizer, text=text, documents=documents,
+                                seed=seed, tokens=plan.tokens, rt=rt)
     check_enough(train, plan, sequence_len, rt)
-    validation_rows(val, rows=plan.batch_tokens // sequence_len, sequence_len=sequence_len, batches=eval_batches,
-                    world_size=rt.world_size)
+    validation_rows(val, rows=plan.batch_tokens // sequence_len, sequence_len=sequence_len,
+                    batches=eval_batches, world_size=rt.world_size)
     model = build_model(config, rt, seed=seed)
-    optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay, **learning_rates(plan.lr_scale))
+    optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay,
+                                **learning_rates(plan.lr_scale))
     made_by = {"tokenizer": tokenizer.fingerprint(), "tokens": [s["sha256"] for s in train.index["shards"]]}
-    loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps, save_every=save_every,
-                        keep=keep, recipe=recipe(p, **made_by), meta=made_by | {"config": asdict(config), "plan": asdict(plan)})
+    loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
+                        save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
+                        meta=made_by | {"config": asdict(config), "plan": asdict(plan)})
     return pretrain(loop, plan, compiled(model, rt, compile), tokenizer, train, val, p)

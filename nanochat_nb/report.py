@@ -20,8 +20,8 @@ import torch
 
 import nanochat_nb
 from .evaluation import CHATCORE, center
-from .runtime import (MetricsLog, Runtime, UserError, run_folder, start_runtime, write_atomic,
-                                 write_json)
+from .runtime import (MetricsLog, Runtime, UserError, run_folder, start_runtime,
+                                 write_atomic, write_json)
 from .tasks import EMBEDDED, REAL
 
 # %% auto #0
@@ -29,8 +29,8 @@ __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', '
            'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
            'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name',
            'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'title', 'percent', 'task_names',
-           'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'core_line', 'markdown', 'tokenizers',
-           'readable', 'compression_part', 'sample_parts', 'quoted', 'headline_errors', 'clear_winner',
+           'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'text_line', 'core_line', 'markdown',
+           'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted', 'headline_errors', 'clear_winner',
            'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line',
            'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table',
            'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section', 'topics_html',
@@ -59,7 +59,8 @@ def stage_entry(folder: Path, stage: str) -> dict:
     if "document_bpb" in metrics:
         metrics.setdefault("val_bpb", metrics["document_bpb"])
     entry = {"metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))}, "missing": not summary}
-    return entry | {k: summary.get(k) or 0 for k in COSTS} | {k: summary[k] for k in ("steps", "plan") if k in summary}
+    return entry | {k: summary.get(k) or 0
+                    for k in COSTS} | {k: summary[k] for k in ("steps", "plan") if k in summary}
 
 # %% ../nbs/14_report.ipynb #collect
 def collect(folder: str | Path) -> dict:
@@ -67,15 +68,18 @@ def collect(folder: str | Path) -> dict:
     folder = Path(folder)
     evaluations = {stage: read_json(folder / "eval" / f"{stage}.json") for stage in STAGES[1:]}
     done = {stage: e for stage, e in evaluations.items() if e}
-    report = {"run": folder.name, "stages": {stage: stage_entry(folder, stage) for stage in STAGES},
-              "tasks": {stage: e.get("tasks", {}) for stage, e in done.items()},
-              "samples": {stage: e.get("samples", []) for stage, e in done.items()},
-              "not_evaluated": {stage: e.get("skipped", {}) for stage, e in done.items()},
-              "compression": read_json(folder / "tokenizer" / "summary.json").get("compression", {}),
-              "environment": environment(folder)}
+    report = {
+        "run": folder.name, "stages": {stage: stage_entry(folder, stage) for stage in STAGES},
+        "tasks": {stage: e.get("tasks", {}) for stage, e in done.items()
+                  }, "samples": {stage: e.get("samples", []) for stage, e in done.items()},
+        "not_evaluated": {stage: e.get("skipped", {}) for stage, e in done.items()},
+        "compression": read_json(folder / "tokenizer" / "summary.json").get("compression", {}),
+        "environment": environment(folder)
+    }
     report["missing"] = [s for s, entry in report["stages"].items() if entry["missing"]]
     report["missing"] += [f"evaluation of {s}" for s in evaluations if s not in done]
-    seconds = sum(e["seconds"] for e in report["stages"].values()) + sum(e.get("seconds", 0) for e in done.values())
+    seconds = sum(e["seconds"] for e in report["stages"].values()) + sum(
+        e.get("seconds", 0) for e in done.values())
     return report | {"cost": cost(report["environment"], seconds)}
 
 # %% ../nbs/14_report.ipynb #cpu-model
@@ -94,9 +98,11 @@ def git_sha() -> str:
     """The commit of the code, with "+" when files were changed since; "" outside a repository."""
     here = ["git", "-C", str(Path(nanochat_nb.__file__).resolve().parent)]
     def ask(*words):
-        return subprocess.run([*here, *words], capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run([*here, *words], capture_output=True, text=True,
+                              timeout=20).stdout.strip()
     try:
-        return ask("rev-parse", "HEAD") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
+        return ask("rev-parse",
+                   "HEAD") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -120,11 +126,14 @@ def preset_name(folder: Path) -> str:
     if not path.exists():
         return ""
     first = path.read_text(encoding="utf-8").split("\n")[0]
-    return first.removeprefix("#").removeprefix(" preset:").strip() if first.startswith("#") else folder.name
+    return first.removeprefix("#").removeprefix(" preset:").strip() if first.startswith(
+        "#") else folder.name
 
 # %% ../nbs/14_report.ipynb #cost
-GPU_RATES = {"H200": (700, 3.5), "H100": (700, 3.0), "A100": (400, 1.8), "RTX 5090": (575, 0.6), "RTX 4090": (450, 0.4),
-             "RTX 3090": (350, 0.25), "L4": (72, 0.5), "T4": (70, 0.3)}     # watts, US dollars per hour
+GPU_RATES = {
+    "H200": (700, 3.5), "H100": (700, 3.0), "A100": (400, 1.8), "RTX 5090": (575, 0.6),
+    "RTX 4090": (450, 0.4), "RTX 3090": (350, 0.25), "L4": (72, 0.5), "T4": (70, 0.3)
+}  # watts, US dollars per hour
 OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
 
 
@@ -140,8 +149,11 @@ def cost(environment: dict, seconds: float) -> dict:
             "assumed": f"{count} × {unit} at {watts} W and ${dollars:.2f} an hour"}
 
 # %% ../nbs/14_report.ipynb #sources
-SOURCES = {"nanochat": "https://github.com/karpathy/nanochat", "CORE": "https://arxiv.org/abs/2406.11794"}
-GPT2_TASKS = ("hellaswag_zeroshot", "lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge")
+SOURCES = {
+    "nanochat": "https://github.com/karpathy/nanochat", "CORE": "https://arxiv.org/abs/2406.11794"
+}
+GPT2_TASKS = ("hellaswag_zeroshot", "lambada_openai", "hellaswag", "piqa", "arc_easy",
+              "arc_challenge")
 GPT2_SOURCE = "CORE of the OpenAI checkpoints as measured by nanochat (README; dev/estimate_gpt3_core.ipynb)"
 GPT2 = {name: {"core": core} | dict(zip(GPT2_TASKS, values)) for name, core, values in [
     ("GPT-2 124M", 0.1139, (0.309, 0.323, 0.308, 0.623, 0.412, 0.222)),
@@ -185,7 +197,8 @@ def number(value: float | None) -> str:
     for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
-    return f"{value:.0f}" if value == int(value) else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.3g}" if abs(
+        value) >= 10 else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -197,14 +210,17 @@ def duration(seconds: float) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |"
+                     for line in lines)
 
 # %% ../nbs/14_report.ipynb #percent
-TITLES = {"fact": "facts never asked about", "choice": "multiple choice, letter only",
-          "choice_aloud": "multiple choice, answer said first", "letters": "spelling and counting letters",
-          "word_problem": "word problems", "code": "small programs", "identity": "who it is",
-          "small_talk": "small talk", "memory": "remembering what the user said",
-          "unknown": "saying that it does not know"} | {name: real.title for name, real in REAL.items()}
+TITLES = {
+    "fact": "facts never asked about", "choice": "multiple choice, letter only",
+    "choice_aloud": "multiple choice, answer said first",
+    "letters": "spelling and counting letters", "word_problem": "word problems",
+    "code": "small programs", "identity": "who it is", "small_talk": "small talk",
+    "memory": "remembering what the user said", "unknown": "saying that it does not know"
+} | {name: real.title for name, real in REAL.items()}
 
 
 def title(name: str) -> str:
@@ -259,7 +275,8 @@ def loud(report: dict) -> list[str]:
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for stage, skipped in report["not_evaluated"].items():
         for name, why in skipped.items():
-            kind, why = ("CORE tasks ", "their files are absent") if name.startswith("core: ") else ("", why)
+            kind, why = ("CORE tasks ",
+                         "their files are absent") if name.startswith("core: ") else ("", why)
             reasons.setdefault((kind, why), {}).setdefault(name.removeprefix("core: "), []).append(stage)
     out = [f"MISSING: {what} – it was not run, or did not finish." for what in report["missing"]]
     for (kind, why), names in reasons.items():
@@ -275,6 +292,12 @@ def core_table(report: dict) -> list[list[str]]:
         rows.append([name, f"{percent(r['accuracy'])} ± {percent(r['stderr'])}", percent(r["centered"]),
                      *(percent(GPT2[g].get(name)) for g in ("GPT-2 124M", "GPT-2 1.6B"))])
     return rows
+
+
+def text_line(metrics: dict) -> str:
+    """The base model's bits per byte on held-out text: in rows as it was trained, and each document by itself."""
+    alone = f", {number(metrics['document_bpb'])} when every document is read alone" if "document_bpb" in metrics else ""
+    return f"Held-out text: {number(metrics.get('val_bpb'))} bits per byte in packed rows, as it was trained{alone}."
 
 
 def core_line(report: dict) -> str:
@@ -295,9 +318,10 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
              f"{energy(c['energy_kwh'])} and ${c['usd']:.2f} ({c['assumed']}).",
              *(f"**{line}**" for line in loud(report)),
              "## Stages", table(["stage", "time", "tokens", "FLOPs", "GiB"], stage_rows(report)),
-             "## Text", f"Held-out text: {number(base.get('val_bpb'))} bits per byte. {core_line(report)}"]
+             "## Text", text_line(base), core_line(report)]
     if report["tasks"].get("base"):
-        parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"], core_table(report)))
+        parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"],
+                           core_table(report)))
     scores = table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
     parts += ["## Chat tasks", *([scores, baseline_note(report)] if task_names(report) else ["No chat task was scored."])]
     parts += [table(["topic", "sft %", "rl %", "n"], topics)] if topics else []
@@ -315,7 +339,9 @@ def tokenizers(report: dict) -> list[str]:
     return sorted(names, key=lambda n: (n != "ours", n))
 
 
-TOOL_CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL)
+TOOL_CALL = re.compile(
+    r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?",
+    re.DOTALL)
 
 
 def readable(text: str) -> str:
@@ -328,7 +354,8 @@ def compression_part(report: dict) -> list[str]:
     if not report["compression"]:
         return []
     names = tokenizers(report)
-    rows = [[kind, *(number(row.get(n)) for n in names)] for kind, row in report["compression"].items()]
+    rows = [[kind, *(number(row.get(n)) for n in names)]
+            for kind, row in report["compression"].items()]
     return ["## Compression, bytes per token", table(["text", *names], rows)]
 
 
@@ -363,19 +390,21 @@ def headline_errors(report: dict) -> dict[str, float]:
     for key, names in (("chatcore", CHATCORE), ("chatcore_embedded", EMBEDDED)):
         if all(name in last for name in names):
             out[key] = mean([out[name] / (1 - last[name].get("chance", 0.0)) for name in names])
-    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]     # at 1 the error is 0
+    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]  # at 1 the error is 0
     if core:
         errors = [r["stderr"] * (1 - r["centered"]) / (1 - r["accuracy"]) for r in core]
         out["core"] = out["core_partial"] = math.hypot(*errors) / len(stages["base"])
     return out
 
 
-def clear_winner(values: Sequence[float | None], errors: Sequence[float], small_is_good: bool) -> int | None:
+def clear_winner(values: Sequence[float | None], errors: Sequence[float],
+                 small_is_good: bool) -> int | None:
     """Which value is better than each other one by more than two standard errors of the difference; None if none is."""
     sign = -1 if small_is_good else 1
     there = [i for i, v in enumerate(values) if v is not None]
     best = max(there, key=lambda i: sign * values[i])
-    ahead = all(sign * (values[best] - values[i]) > 2 * math.hypot(errors[best], errors[i]) for i in there if i != best)
+    ahead = all(sign * (values[best] - values[i]) > 2 * math.hypot(errors[best], errors[i])
+                for i in there if i != best)
     return best if ahead and len(there) > 1 else None
 
 
@@ -387,7 +416,9 @@ def compare_reports(reports: dict[str, dict]) -> str:
     for key in dict.fromkeys(k for head in heads.values() for k in head):
         values = [head.get(key) for head in heads.values()]
         best = clear_winner(values, [d.get(key, 0.0) for d in doubts], key in SMALL_IS_GOOD)
-        words = ["–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values]
+        words = [
+            "–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values
+        ]
         rows.append([title(key), *(w + "*" * (i == best) for i, w in enumerate(words))])
     return table(["", *heads], rows)
 
@@ -420,14 +451,16 @@ def tick_label(value: float) -> str:
 # %% ../nbs/14_report.ipynb #tag
 def tag(name: str, *content: str, cls: str = "", **attributes) -> str:
     """An HTML element around `content`, which is markup already; attribute values are escaped here."""
-    given = ({"class": cls} if cls else {}) | {k.replace("_", "-"): v for k, v in attributes.items()}
+    given = ({"class": cls}
+             if cls else {}) | {k.replace("_", "-"): v for k, v in attributes.items()}
     inside = "".join(f' {k}="{html.escape(str(v))}"' for k, v in given.items())
     return f"<{name}{inside}>{''.join(content)}</{name}>"
 
 
 def legend(pairs: Iterable[tuple[str, str]]) -> str:
     """What each colour or mark means."""
-    return tag("div", *(tag("span", tag("i", cls=cls), html.escape(text)) for cls, text in pairs), cls="legend")
+    return tag("div", *(tag("span", tag("i", cls=cls), html.escape(text)) for cls, text in pairs),
+               cls="legend")
 
 # %% ../nbs/14_report.ipynb #thin
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 220, 46, 30, 12
@@ -452,10 +485,12 @@ def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, 
     px = lambda v: LEFT + (v - min(xs)) / ((max(xs) - min(xs)) or 1) * (WIDTH - LEFT - 8)
     py = lambda v: HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
     grid = [svg_line(py(t)) + svg_text(LEFT - 6, py(t) + 4, tick_label(t), "end") for t in ticks(low, high, 4)]
-    grid += [svg_text(px(t), HEIGHT - 12, tick_label(t), "middle") for t in ticks(min(xs), max(xs), 4)]
+    grid += [
+        svg_text(px(t), HEIGHT - 16, tick_label(t), "middle") for t in ticks(min(xs), max(xs), 4)
+    ]
     lines = [svg_curve([(px(a), py(b)) for a, b in points], i % 6) for i, points in enumerate(curves.values())]
-    drawing = tag("svg", *grid, *lines, svg_text(WIDTH - 8, HEIGHT - 1, x, "end"), viewBox=f"0 0 {WIDTH} {HEIGHT}",
-                  role="img", aria_label=f"{title} by {x}")
+    drawing = tag("svg", *grid, *lines, svg_text(WIDTH - 8, HEIGHT - 4, x, "end"),
+                  viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title} by {x}")
     return tag("figure", tag("figcaption", html.escape(title)), drawing,
                legend((f"b{i % 6}", name) for i, name in enumerate(curves)))
 
@@ -500,7 +535,8 @@ def bar(label: str, colour: int, score: dict) -> str:
 
 # %% ../nbs/14_report.ipynb #last-score
 LEGEND = (("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"),
-          ("key constant", "best constant answer tried"), ("key ngram", "n-gram model"), ("key chance", "chance"))
+          ("key constant",
+           "best constant answer tried"), ("key ngram", "n-gram model"), ("key chance", "chance"))
 
 
 def last_score(report: dict, name: str) -> dict | None:
@@ -512,7 +548,9 @@ def last_score(report: dict, name: str) -> dict | None:
 def one_task(report: dict, others: dict[str, dict], name: str) -> str:
     """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
     tasks = report["tasks"]
-    bars = [bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
+    bars = [
+        bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})
+    ]
     for other, theirs in list(others.items())[-4:]:
         score = last_score(theirs, name)
         bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
@@ -521,12 +559,13 @@ def one_task(report: dict, others: dict[str, dict], name: str) -> str:
 
 
 def task_bars(report: dict, others: dict[str, dict]) -> str:
-    """Bars of every chat task, under one legend."""
+    """Bars of every chat task, under one legend of what they show."""
     names = task_names(report)
     if not names:
         return tag("p", "No chat task was scored.")
     bars = tag("div", *(one_task(report, others, name) for name in names), cls="tasks")
-    return legend(LEGEND) + bars + tag("p", html.escape(baseline_note(report)), cls="soft")
+    shown = [(key, text) for key, text in LEGEND if f'class="{key.removeprefix("key ")}"' in bars]
+    return legend(shown) + bars + tag("p", html.escape(baseline_note(report)), cls="soft")
 
 # %% ../nbs/14_report.ipynb #curves
 def curves(folder: Path) -> str:
@@ -534,11 +573,13 @@ def curves(folder: Path) -> str:
     logs = {stage: MetricsLog(folder / "metrics" / f"{stage}.jsonl").rows() for stage in STAGES[1:]}
     def get(stage: str, key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in logs[stage] if isinstance(r.get(key), (int, float))]
-    rl = sorted({k for r in logs["rl"] for k in r if "pass@" in k})
+    tests = sorted({k for r in logs["rl"] for k in r if "pass@" in k})
+    rl = {title(k.split("_pass")[0]) + " pass@1" if "_" in k else k: get("rl", k)
+          for k in tests if k.endswith("pass@1") or "_" not in k}
     charts = [line_chart("Pretraining: loss", {"training loss (nats per token)": get("base", "loss")}),
               line_chart("Pretraining: held-out text", {"bits per byte": get("base", "val_bpb")}),
               line_chart("Fine-tuning: loss", {"training": get("sft", "loss"), "held out": get("sft", "val_loss")}),
-              line_chart("Reinforcement: reward", {"mean reward": get("rl", "reward")} | {k: get("rl", k) for k in rl[:4]}, zero=True),
+              line_chart("Reinforcement: reward", {"mean reward": get("rl", "reward")} | rl, zero=True),
               line_chart("Throughput", {f"{s}, tokens per second": get(s, "tokens_per_second") for s in logs}, zero=True)]
     return "".join(charts) or "<p>No metrics were logged.</p>"
 
@@ -556,7 +597,8 @@ def bubble(sample: dict) -> str:
     verdict = "" if "correct" not in sample else " ✓" if sample["correct"] else " ✗"
     answer = html.escape(readable(sample["completion"])[:600]) or "…"
     return tag("div", tag("h3", html.escape(title(sample["task"])), verdict),
-               tag("p", html.escape(sample["prompt"][:600]), cls="user"), tag("p", answer, cls="model"), cls="chat")
+               tag("p", html.escape(sample["prompt"][:600]), cls="user"),
+               tag("p", answer, cls="model"), cls="chat")
 
 
 def conversations_html(report: dict) -> str:
@@ -565,7 +607,9 @@ def conversations_html(report: dict) -> str:
     for stage in ("rl", "sft", "base"):
         if report["samples"].get(stage):
             chats = tag("div", *map(bubble, report["samples"][stage]), cls="chats")
-            out.append(tag("details", tag("summary", stage), chats, **({"open": ""} if len(out) == 1 else {})))
+            out.append(
+                tag("details", tag("summary", stage), chats,
+                    **({"open": ""} if len(out) == 1 else {})))
     return "".join(out)
 
 # %% ../nbs/14_report.ipynb #energy
@@ -580,29 +624,37 @@ def cards(report: dict) -> str:
     last = next((s for s in ("rl", "sft") if report["tasks"].get(s)), None)
     core = (f"{head['core']:.3f}", "CORE") if "core" in head else ("–", "CORE")
     if "core_partial" in head:
-        core = (f"({head['core_partial']:.3f})", f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
-    shown = [(number(head.get("val_bpb")), "bits per byte, held-out text"), core,
-             (number(head.get("chatcore_embedded", head.get("chatcore"))),
-              f"chat tasks after {last}: mean, 0 is guessing, 1 all right" if last else "chat tasks"),
-             (number(sum(s["tokens"] for s in stages)), "tokens trained on"),
-             (number(sum(s["flops"] for s in stages)), "floating-point operations"),
-             (duration(spent["seconds"]), "in all"), (energy(spent["energy_kwh"]), "energy, estimated"),
-             (f"${spent['usd']:.2f}", "rent, estimated")]
-    return tag("div", *(tag("div", tag("b", v), tag("span", k), cls="card") for v, k in shown), cls="cards")
+        core = (f"({head['core_partial']:.3f})",
+                f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
+    shown = [
+        (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"), core,
+        (number(head.get("chatcore_embedded", head.get("chatcore"))),
+         f"chat tasks after {last}: mean, 0 is guessing, 1 all right" if last else "chat tasks"),
+        (number(sum(s["tokens"] for s in stages)), "tokens trained on"),
+        (number(sum(s["flops"] for s in stages)), "floating-point operations"),
+        (duration(spent["seconds"]), "in all"), (energy(spent["energy_kwh"]), "energy, estimated"),
+        (f"${spent['usd']:.2f}", "rent, estimated")
+    ]
+    return tag("div", *(tag("div", tag("b", v), tag("span", k), cls="card") for v, k in shown),
+               cls="cards")
 
 # %% ../nbs/14_report.ipynb #core-section
 def core_section(report: dict) -> str:
     """CORE beside GPT-2's and nanochat's published figures."""
     metrics, rows = report["stages"]["base"]["metrics"], core_table(report)
+    words = tag("p", html.escape(f"{text_line(metrics)} {core_line(report)}"))
+    if not rows:
+        return words
     bars = [bar("this run", 0, {"accuracy": metrics["core"]})] if "core" in metrics else []
     bars += [bar(name, 4, {"accuracy": v["core"]}) for name, v in (GPT2 | NANOCHAT).items() if "core" in v]
-    below = html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows) if rows else ""
-    return tag("p", html.escape(core_line(report))) + tag("div", tag("h3", "CORE, in hundredths"), *bars, cls="task") + below
+    below = html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows)
+    return words + tag("div", tag("h3", "CORE, in hundredths"), *bars, cls="task") + below
 
 
 def compression_section(report: dict) -> str:
     """Bytes per token and bits per byte for each kind of text."""
-    metrics, names, table = report["stages"]["base"]["metrics"], tokenizers(report), report["compression"]
+    metrics, names, table = report["stages"]["base"]["metrics"], tokenizers(
+        report), report["compression"]
     kinds = list(dict.fromkeys([*table, *(k[4:] for k in metrics if k.startswith("bpb/"))]))
     rows = [[kind, *(number(table.get(kind, {}).get(n)) for n in names), number(metrics.get(f"bpb/{kind}"))] for kind in kinds]
     header = ["kind of text", *(f"{n}, bytes per token" for n in names), "bits per byte (base)"]
@@ -612,7 +664,8 @@ def compression_section(report: dict) -> str:
 def topics_html(report: dict) -> str:
     """Scores by topic, folded away."""
     rows = topic_rows(report)
-    return tag("details", tag("summary", "by topic"), html_table(["topic", "sft %", "rl %", "n"], rows)) if rows else ""
+    return tag("details", tag("summary", "by topic"),
+               html_table(["topic", "sft %", "rl %", "n"], rows)) if rows else ""
 
 
 def stage_rows(report: dict) -> list[list[str]]:
@@ -623,7 +676,8 @@ def stage_rows(report: dict) -> list[list[str]]:
 
 def environment_rows(report: dict) -> list[list[str]]:
     """The machine, in words."""
-    return [[k, ", ".join(v) if isinstance(v, list) else str(v)] for k, v in report["environment"].items()]
+    return [[k, ", ".join(v) if isinstance(v, list) else str(v)]
+            for k, v in report["environment"].items()]
 
 
 def machine(report: dict) -> str:
@@ -636,20 +690,25 @@ def leaderboard(report: dict, others: dict[str, dict]) -> str:
     """All runs of the folder, one row each."""
     heads = {name: headline(r) for name, r in ({report["run"]: report} | others).items()}
     keys = list(dict.fromkeys(k for head in heads.values() for k in head))
-    rows = [[name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)] for name, head in heads.items()]
-    return html_table(["run", *map(title, keys)], rows) if others else tag("p", "There are none yet.")
+    rows = [[name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)]
+            for name, head in heads.items()]
+    return html_table(["run", *map(title, keys)], rows) if others else tag(
+        "p", "There are none yet.")
 
 
 def sources() -> str:
     """Where the published figures come from."""
     links = (tag("p", f"{name}: ", tag("a", url, href=url)) for name, url in SOURCES.items())
-    return "".join((*(tag("p", html.escape(s) + ".") for s in (GPT2_SOURCE, NANOCHAT_SOURCE)), *links))
+    return "".join((*(tag("p",
+                          html.escape(s) + ".") for s in (GPT2_SOURCE, NANOCHAT_SOURCE)), *links))
 
 # %% ../nbs/14_report.ipynb #page
 def page(report: dict, others: dict[str, dict], folder: Path) -> str:
     """The report card as one self-contained HTML page."""
-    style = (Path(nanochat_nb.__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
-    estimate = tag("p", f"Cost is an estimate from {html.escape(report['cost']['assumed'])}.", cls="soft")
+    style = (Path(nanochat_nb.__file__).parent / "static" /
+             "report.css").read_text(encoding="utf-8")
+    estimate = tag("p", f"Cost is an estimate from {html.escape(report['cost']['assumed'])}.",
+                   cls="soft")
     sections = {"Chat tasks": task_bars(report, others) + topics_html(report), "Text and CORE": core_section(report),
                 "Curves": tag("div", curves(folder), cls="charts"),
                 "Compression by kind of text": compression_section(report),
@@ -662,8 +721,10 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
                tag("p", html.escape(f"{date} · {machine(report)}"), cls="soft"), cards(report),
                *(tag("p", html.escape(line), cls="warn") for line in loud(report)),
                *(tag("section", tag("h2", title), content) for title, content in sections.items()))
-    head = tag("head", '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
-               tag("title", f"Report card of {name}"), tag("style", style))
+    head = tag(
+        "head",
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+        tag("title", f"Report card of {name}"), tag("style", style))
     return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
 
 # %% ../nbs/14_report.ipynb #miniature
@@ -677,10 +738,11 @@ def miniature(folder: Path) -> None:
     run_tokenizer(run=str(folder), documents=500)
     run_base(run=str(folder), depth=1, steps=20, sample_every=0)
     run_sft(run=str(folder), examples=20, steps=10)
-    run_rl(run=str(folder), steps=2, prompts_per_step=2, samples_per_prompt=2, eval_prompts=4, eval_samples=2)
+    run_rl(run=str(folder), steps=2, prompts_per_step=2, samples_per_prompt=2, eval_prompts=4,
+           eval_samples=2)
     for checkpoint in STAGES[1:]:
-        run_eval(run=str(folder), checkpoint=checkpoint, max_per_task=4, held_out_documents=16, ngram_tokens=10_000,
-                 max_new_tokens=48)
+        run_eval(run=str(folder), checkpoint=checkpoint, max_per_task=4, held_out_documents=16,
+                 ngram_tokens=10_000, max_new_tokens=48)
 
 
 def run_report(*, run: str = "") -> dict:
@@ -696,7 +758,8 @@ def run_report(*, run: str = "") -> dict:
     if rt.is_main:
         report = collect(folder)
         if len(report["missing"]) == len(STAGES) + 3:
-            raise UserError(f"{folder} holds no results of any stage; give the folder of a run (runs/NAME)")
+            raise UserError(
+                f"{folder} holds no results of any stage; give the folder of a run (runs/NAME)")
         others = other_runs(folder) if run else {}
         report["run"] = report["run"] if run else "a miniature run"
         write_json(folder / "report.json", report)
@@ -709,8 +772,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m nanochat_nb.report RUN` writes a run's report; `--compare RUN RUN …` prints a table of several."""
     import argparse
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.report", description=main.__doc__)
-    parser.add_argument("run", nargs="?", help="folder of a run: writes its report.md, report.json and report.html")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="folders of finished runs to put side by side")
+    parser.add_argument("run", nargs="?",
+                        help="folder of a run: writes its report.md, report.json and report.html")
+    parser.add_argument("--compare", nargs="+", metavar="RUN",
+                        help="folders of finished runs to put side by side")
     args = parser.parse_args(argv)
     if args.compare:
         print(compare(args.compare))

@@ -18,8 +18,8 @@ from .evaluation import pass_at_k
 from .inference import Engine
 from .model import GPT
 from .optimizer import build_optimizer
-from .pretraining import (TrainingLoop, due, finish, learning_rates, open_run, recipe, record, say, stop,
-                                     training_steps, update)
+from .pretraining import (TrainingLoop, due, finish, learning_rates, open_run, recipe,
+                                     record, say, stop, training_steps, update)
 from .runtime import Runtime, UserError, generator, nearest, seed_of, start_runtime
 from .sft import open_split, prepare_base, run_sft
 from .tasks import Task
@@ -86,8 +86,8 @@ def advantages(rewards: Sequence[float], kind: str = "mean") -> list[float]:
 NORMALIZATIONS = ("tokens", "group", "sequence", "constant")
 
 
-def token_weights(groups: Sequence[Sequence[Rollout]], kind: str, *, all_tokens: float, all_groups: int,
-                  max_new_tokens: int) -> list[list[float]]:
+def token_weights(groups: Sequence[Sequence[Rollout]], kind: str, *, all_tokens: float,
+                  all_groups: int, max_new_tokens: int) -> list[list[float]]:
     """The weight of each token's term in each answer of each group.
 
     All groups of all ranks together give a mean.
@@ -120,38 +120,43 @@ def policy_rows(rollouts: Sequence[Rollout], scales: Sequence[float], pad: int, 
     return ids[:, :-1].to(device), targets.to(device), torch.tensor(scales, device=device)[:, None]
 
 # %% ../nbs/13_rl.ipynb #policy-gradient
-def policy_gradient(model: GPT, rollouts: Sequence[Rollout], scales: Sequence[float], *, pad: int, rt: Runtime,
-                    micro_batch_rows: int) -> float:
+def policy_gradient(model: GPT, rollouts: Sequence[Rollout], scales: Sequence[float], *, pad: int,
+                    rt: Runtime, micro_batch_rows: int) -> float:
     """Backward of −Σ scale · log p(token) over all chosen tokens; returns the global value of that sum.
 
     `scales` hold advantage times token weight per answer. Answers of like length share a forward pass.
     Gradients are left such that their average over ranks is the global gradient.
     """
     total = 0.0
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].ids))
+    order = sorted(range(len(rollouts)),
+                   key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].ids))
     for i in range(0, len(order), micro_batch_rows):
         part = order[i:i + micro_batch_rows]
-        idx, targets, scale = policy_rows([rollouts[j] for j in part], [scales[j] for j in part], pad, rt.device)
+        idx, targets, scale = policy_rows([rollouts[j] for j in part], [scales[j] for j in part],
+                                          pad, rt.device)
         loss = (model(idx, targets, reduction="none").view_as(targets) * scale).sum()
         (loss * rt.world_size).backward()
         total += loss.item()
     return rt.sum(total)[0]
 
 # %% ../nbs/13_rl.ipynb #open-questions
-def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int, seed: int) -> list[tuple[Task, dict]]:
+def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int,
+                   seed: int) -> list[tuple[Task, dict]]:
     """All (task, conversation) of a split, in an order shuffled by `seed`. Raises UserError for a task without a judge."""
     if not tasks:
         raise UserError("name at least one task to practise, such as word_problem")
     opened = [open_split(name, split, data=data, examples=examples, seed=seed) for name in tasks]
     for task in opened:
         if task.judge is None:
-            raise UserError(f"task {task.name!r} has no right answers to reward; choose one with a judge")
+            raise UserError(
+                f"task {task.name!r} has no right answers to reward; choose one with a judge")
     pairs = [(task, i) for task in opened for i in range(len(task))]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
     return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
 
 
-def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer, sequence_len: int) -> list[tuple[Task, dict]]:
+def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
+             sequence_len: int) -> list[tuple[Task, dict]]:
     """The questions that leave room for an answer in `sequence_len` tokens. Raises UserError when none does."""
     fit = [q for q in questions if len(tokenizer.render_for_completion(q[1])) + 8 <= sequence_len]
     if not fit:
@@ -168,13 +173,16 @@ def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
     return out
 
 # %% ../nbs/13_rl.ipynb #test-pass
-def test_pass(engine: Engine, tokenizer: Tokenizer, held: Sequence[tuple[Task, dict]], p: dict, rt: Runtime) -> dict:
+def test_pass(engine: Engine, tokenizer: Tokenizer, held: Sequence[tuple[Task, dict]], p: dict,
+              rt: Runtime) -> dict:
     """pass@1 and pass@n of `n = eval_samples` answers to each held-out question, in all and per task (unbiased, 0 to 1)."""
     mine = range(rt.rank, len(held), rt.world_size)
-    groups = roll_out(engine, tokenizer, [held[i] for i in mine], [seed_of(p["seed"], "rl test", i) for i in mine],
-                      num_samples=p["eval_samples"], max_new_tokens=p["max_new_tokens"], temperature=p["temperature"],
-                      top_k=p["top_k"])
-    found = dict(pair for part in rt.gather([(i, sum(r.reward > 0 for r in g)) for i, g in zip(mine, groups)]) for pair in part)
+    groups = roll_out(engine, tokenizer, [held[i] for i in mine],
+                      [seed_of(p["seed"], "rl test", i) for i in mine],
+                      num_samples=p["eval_samples"], max_new_tokens=p["max_new_tokens"],
+                      temperature=p["temperature"], top_k=p["top_k"])
+    found = dict(pair for part in rt.gather([(i, sum(r.reward > 0 for r in g))
+                                             for i, g in zip(mine, groups)]) for pair in part)
     n, out = p["eval_samples"], {}
     for k in sorted({1, n}):
         scores = {i: pass_at_k(n, correct, k) for i, correct in found.items()}
@@ -192,21 +200,26 @@ def rl_multiplier(step: int, steps: int, shape: str) -> float:
 
 def check_rl(p: dict, rt: Runtime) -> None:
     """Raise UserError for parameters that cannot be meant."""
-    for name, options in (("advantage", ADVANTAGES), ("normalize", NORMALIZATIONS), ("lr_shape", ("cosine", "linear"))):
+    for name, options in (("advantage", ADVANTAGES), ("normalize", NORMALIZATIONS),
+                          ("lr_shape", ("cosine", "linear"))):
         if p[name] not in options:
             raise UserError(f"{name} {p[name]!r} is unknown{nearest(p[name], options)}")
     if p["samples_per_prompt"] < 2:
-        raise UserError("samples_per_prompt must be at least 2: an answer is judged against its siblings")
-    for name in ("prompts_per_step", "max_new_tokens", "micro_batch_rows", "eval_prompts", "eval_samples"):
+        raise UserError(
+            "samples_per_prompt must be at least 2: an answer is judged against its siblings")
+    for name in ("prompts_per_step", "max_new_tokens", "micro_batch_rows", "eval_prompts",
+                 "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
         raise UserError(f"steps {p['steps']} must not be negative, and lr_fraction {p['lr_fraction']} must be positive")
     if p["prompts_per_step"] % rt.world_size:
-        raise UserError(f"prompts_per_step {p['prompts_per_step']} does not divide over {rt.world_size} ranks")
+        raise UserError(
+            f"prompts_per_step {p['prompts_per_step']} does not divide over {rt.world_size} ranks")
 
 # %% ../nbs/13_rl.ipynb #practise
-def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions, held, p: dict) -> None:
+def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions, held,
+             p: dict) -> None:
     """The steps that are left of an RL run with parameters `p`, and its tests."""
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
@@ -220,40 +233,47 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     look()
 
 
-def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions, p: dict) -> None:
+def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
+                  p: dict) -> None:
     """Answer, judge, learn: one on-policy step. Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
     numbers = questions_of(loop.step, p["prompts_per_step"], len(questions), p["seed"])
     mine = range(rt.rank, len(numbers), rt.world_size)
     groups = roll_out(engine, tokenizer, [questions[numbers[i]] for i in mine],
-                      [seed_of(p["seed"], "rl", loop.step, i) for i in mine], num_samples=p["samples_per_prompt"],
-                      max_new_tokens=p["max_new_tokens"], temperature=p["temperature"], top_k=p["top_k"])
+                      [seed_of(p["seed"], "rl", loop.step, i) for i in mine],
+                      num_samples=p["samples_per_prompt"], max_new_tokens=p["max_new_tokens"],
+                      temperature=p["temperature"], top_k=p["top_k"])
     learn_from(loop, groups, tokenizer, p, began)
 
 # %% ../nbs/13_rl.ipynb #learn-from
-def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Tokenizer, p: dict, began: float) -> None:
+def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Tokenizer, p: dict,
+               began: float) -> None:
     """The policy gradient of this rank's groups, the update, a row of metrics."""
     rt, everyone = loop.rt, [r for g in groups for r in g]
     useful = [g for g in groups if len({r.reward for r in g}) > 1]
     count, tokens, reward, ended, signal = rt.sum(
         len(everyone), sum(sum(r.mask) for r in everyone), sum(r.reward for r in everyone),
         sum(r.finished for r in everyone), len(useful))
-    weights = token_weights(useful, p["normalize"], all_tokens=max(1.0, tokens), all_groups=p["prompts_per_step"],
-                            max_new_tokens=p["max_new_tokens"])
+    weights = token_weights(useful, p["normalize"], all_tokens=max(1.0, tokens),
+                            all_groups=p["prompts_per_step"], max_new_tokens=p["max_new_tokens"])
     scales = [a * w for g, ws in zip(useful, weights) for a, w in zip(advantages([r.reward for r in g], p["advantage"]), ws)]
     loss, lr = 0.0, rl_multiplier(loop.step, loop.steps, p["lr_shape"])
     if signal:
-        loss = policy_gradient(loop.model, [r for g in useful for r in g], scales, pad=tokenizer.special("<|assistant_end|>"),
-                               rt=rt, micro_batch_rows=p["micro_batch_rows"])
+        loss = policy_gradient(loop.model, [r for g in useful for r in g], scales,
+                               pad=tokenizer.special("<|assistant_end|>"), rt=rt,
+                               micro_batch_rows=p["micro_batch_rows"])
         update(loop, loss, lr=lr)
-    record(loop, began, loss=loss, lr=lr, tokens=int(tokens), flops=loop.model.flops_per_token() * tokens,
-           reward=reward / count, finished=ended / count, mean_tokens=tokens / count, useful_groups=signal / p["prompts_per_step"])
+    record(loop, began, loss=loss, lr=lr, tokens=int(tokens),
+           flops=loop.model.flops_per_token() * tokens, reward=reward / count,
+           finished=ended / count, mean_tokens=tokens / count,
+           useful_groups=signal / p["prompts_per_step"])
 
 # %% ../nbs/13_rl.ipynb #rl-metrics
 def rl_metrics(loop: TrainingLoop) -> dict:
     """The numbers a report compares: pass@k before and after, and how many groups carried a signal."""
     rows = loop.rt.broadcast(loop.metrics.rows())
-    tests = [{k: v for k, v in r.items() if "pass@" in k} for r in rows if any("pass@" in k for k in r)]
+    tests = [{k: v for k, v in r.items() if "pass@" in k} for r in rows
+             if any("pass@" in k for k in r)]
     steps = [r for r in rows if "reward" in r]
     return tests[-1] | {f"{k}_before": v for k, v in tests[0].items()} | {
         "reward": sum(r["reward"] for r in steps[-10:]) / len(steps[-10:]),
@@ -268,12 +288,13 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
     return load_model(folder, stage="sft", device=rt.device, dtype=rt.dtype)
 
 # %% ../nbs/13_rl.ipynb #run-rl
-def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100, data: str = "",
-           prompts_per_step: int = 8, samples_per_prompt: int = 8, steps: int = 3, max_new_tokens: int = 96,
-           temperature: float = 1.0, top_k: int = 0, advantage: str = "mean", normalize: str = "tokens",
-           lr_fraction: float = 0.05, lr_shape: str = "cosine", micro_batch_rows: int = 32, eval_prompts: int = 16,
-           eval_samples: int = 4, eval_every: int = 0, save_every: int = 50, keep: int = 2, device: str = "",
-           dtype: str = "", seed: int = 0) -> dict:
+def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
+           data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8, steps: int = 3,
+           max_new_tokens: int = 96, temperature: float = 1.0, top_k: int = 0,
+           advantage: str = "mean", normalize: str = "tokens", lr_fraction: float = 0.05,
+           lr_shape: str = "cosine", micro_batch_rows: int = 32, eval_prompts: int = 16,
+           eval_samples: int = 4, eval_every: int = 0, save_every: int = 50, keep: int = 2,
+           device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Train the run's SFT model on rewards into `run`/rl, or resume where it was interrupted.
 
     The notebook's parameters cell explains the parameters. Returns the summary that rl/summary.json holds.
@@ -284,14 +305,17 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     check_rl(p, rt)
     folder = open_run(run, rt)
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed)
-    held = open_questions(tasks, "val", data=data, examples=-(-eval_prompts // len(tasks)), seed=seed)[:eval_prompts]
+    held = open_questions(tasks, "val", data=data, examples=-(-eval_prompts // len(tasks)),
+                          seed=seed)[:eval_prompts]
     model, tokenizer, sft = prepare_sft(run, folder, rt)
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
     engine = Engine(model, tokenizer)
-    optimizer = build_optimizer(model, rt=rt, weight_decay=0.0, **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
+    optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
+                                **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
                         steps=steps or max(1, len(practice) // prompts_per_step), recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, p)
-    return finish(loop, rl_metrics(loop), p, questions=len(practice), too_long=len(questions) - len(practice))
+    return finish(loop, rl_metrics(loop), p, questions=len(practice),
+                  too_long=len(questions) - len(practice))

@@ -377,7 +377,8 @@ def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
     found = {f"{folder.name}-{stage}": (folder, stage) for folder in runs for stage in STAGES
              if latest_checkpoint(folder / stage) is not None}
     if not found:
-        raise UserError(f"no trained model in {run}; finish the run: bash run_all.sh --run {run.name}")
+        raise UserError(
+            f"no trained model in {run}; finish the run: bash run_all.sh --run {run.name}")
     return found
 
 # %% ../nbs/16_server.ipynb #modelpool

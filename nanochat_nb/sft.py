@@ -111,7 +111,8 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
 def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> int:
     """Optimizer steps: as given, or so many that the rows are gone through `epochs` times."""
     if steps < 0 or (not steps and epochs <= 0):
-        raise UserError(f"steps={steps} and epochs={epochs} leave nothing to do; one must be positive")
+        raise UserError(
+            f"steps={steps} and epochs={epochs} leave nothing to do; one must be positive")
     return steps or max(1, round(epochs * len(packed) / rows))
 
 # %% ../nbs/12_sft.ipynb #rows-hash
@@ -123,11 +124,12 @@ def rows_hash(packed: PackedRows) -> str:
     return digest.hexdigest()
 
 
-def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: dict, batch_tokens: int) -> None:
+def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: dict,
+              batch_tokens: int) -> None:
     """The steps that are left of a fine-tuning run with parameters `p`, and its validations."""
     rt, rows, micro = loop.rt, batch_tokens // packed.sequence_len, p["micro_batch_rows"]
-    batches = packed_batches(packed, rows=rows, seed=p["seed"], rank=rt.rank, world_size=rt.world_size,
-                             start_step=loop.step, device=rt.device)
+    batches = packed_batches(packed, rows=rows, seed=p["seed"], rank=rt.rank,
+                             world_size=rt.world_size, start_step=loop.step, device=rt.device)
     flops = loop.model.flops_per_token() * batch_tokens
 
     def look() -> None:
@@ -157,14 +159,16 @@ def sft_metrics(loop: TrainingLoop, packed: PackedRows) -> dict:
             "padding": stats["padding"] / (stats["rows"] * (packed.sequence_len + 1))}
 
 # %% ../nbs/12_sft.ipynb #run-sft
-def run_sft(*, run: str = "", conversations: list[str] = [], conversation_epochs: float = 1.0,
-            mixture: dict[str, float] = {"fact": 1.0, "choice": 1.0, "choice_aloud": 1.0, "letters": 1.0,
-                                         "word_problem": 1.0, "code": 1.0, "identity": 1.0, "small_talk": 1.0,
-                                         "memory": 1.0, "unknown": 1.0},
-            examples: int = 100, data: str = "", epochs: float = 1.0, steps: int = 20, total_batch_tokens: int = 0,
-            micro_batch_rows: int = 32, lr_fraction: float = 0.8, warmdown: float = 0.5, eval_every: int = 10,
-            eval_examples: int = 20, save_every: int = 200, keep: int = 2, compile: bool = True, device: str = "",
-            dtype: str = "", seed: int = 0) -> dict:
+def run_sft(
+        *, run: str = "", conversations: list[str] = [], conversation_epochs: float = 1.0,
+        mixture: dict[str, float] = {
+            "fact": 1.0, "choice": 1.0, "choice_aloud": 1.0, "letters": 1.0, "word_problem": 1.0,
+            "code": 1.0, "identity": 1.0, "small_talk": 1.0, "memory": 1.0, "unknown": 1.0
+        }, examples: int = 100, data: str = "", epochs: float = 1.0, steps: int = 20,
+        total_batch_tokens: int = 0, micro_batch_rows: int = 32, lr_fraction: float = 0.8,
+        warmdown: float = 0.5, eval_every: int = 10, eval_examples: int = 20, save_every: int = 200,
+        keep: int = 2, compile: bool = True, device: str = "", dtype: str = "",
+        seed: int = 0) -> dict:
     """Fine-tune the run's base model on conversations into `run`/sft, or resume where it was interrupted.
 
     The notebook's parameters cell explains the parameters. Returns the summary that sft/summary.json holds.
@@ -184,13 +188,17 @@ def run_sft(*, run: str = "", conversations: list[str] = [], conversation_epochs
     if not len(val) and rt.is_main:
         print("sft: no conversation is held out (too few were given); the loss called held-out is over TRAINING conversations",
               flush=True)
-    packed, held = (pack_mixture(m, tokenizer, sequence_len=T) for m in (train, val if len(val) else train))
-    rates = learning_rates(lr_fraction * base["plan"]["lr_scale"] * math.sqrt(batch / base["plan"]["batch_tokens"]))
+    packed, held = (pack_mixture(m, tokenizer, sequence_len=T)
+                    for m in (train, val if len(val) else train))
+    rates = learning_rates(lr_fraction * base["plan"]["lr_scale"] *
+                           math.sqrt(batch / base["plan"]["batch_tokens"]))
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0, **rates)
     optimizer.load_full_state(optimizer_state)
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
-    loop = TrainingLoop("sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-                        steps=sft_steps(packed, batch // T, steps=steps, epochs=epochs), recipe=recipe(p, **made_by),
-                        meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)
+    loop = TrainingLoop(
+        "sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
+        steps=sft_steps(packed, batch // T, steps=steps,
+                        epochs=epochs), recipe=recipe(p, **made_by),
+        meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)
     fine_tune(loop, compiled(model, rt, compile), packed, held, p, batch)
     return finish(loop, sft_metrics(loop, packed), p, mixture=train.counts(), packing=packed.stats)

@@ -212,10 +212,11 @@ def humaneval_conversation(row: dict) -> dict:
             "entry_point": row["entry_point"], "tests": f"{row['test']}\ncheck({row['entry_point']})"}
 
 # %% ../nbs/09_tasks.ipynb #spelling-problem
-COUNT_QUESTIONS = ("How many {l} are in {w}", "How often does {l} occur in {w}", "Count the {l} in {w}",
-                   "How many times do you find {l} in the word {w}", "What is the number of {l} in {w}",
-                   "In the word {w}, how many {l} are there", "Please count every {l} of {w}",
-                   "Wie oft steht {l} in {w}", "¿Cuántas {l} tiene {w}", "Combien de {l} y a-t-il dans {w}")
+COUNT_QUESTIONS = ("How many {l} are in {w}", "How often does {l} occur in {w}",
+                   "Count the {l} in {w}", "How many times do you find {l} in the word {w}",
+                   "What is the number of {l} in {w}", "In the word {w}, how many {l} are there",
+                   "Please count every {l} of {w}", "Wie oft steht {l} in {w}",
+                   "¿Cuántas {l} tiene {w}", "Combien de {l} y a-t-il dans {w}")
 
 
 def spelling_problem(index: int, split: str, words: Sequence[str] = ()) -> dict:

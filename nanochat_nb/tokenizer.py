@@ -44,8 +44,9 @@ def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return out
 
 # %% ../nbs/02_tokenizer.ipynb #split-pattern
-SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 # %% ../nbs/02_tokenizer.ipynb #split-text
 def split_text(text: str, pattern: str = SPLIT_PATTERN) -> list[str]:
@@ -131,8 +132,9 @@ def _train_fast(texts: Iterable[str], num_merges: int, pattern: str) -> list[byt
     return [bytes(token) for token, _ in ranks]
 
 # %% ../nbs/02_tokenizer.ipynb #special-tokens
-SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-                  "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
+                  "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>",
+                  "<|output_end|>")
 
 # %% ../nbs/02_tokenizer.ipynb #tokenizer
 class Tokenizer:
@@ -183,8 +185,9 @@ def check_vocab_size(vocab_size: int) -> int:
     the special tokens."""
     num_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if num_merges < 0:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
-                        f"special tokens need at least {256 + len(SPECIAL_TOKENS)}")
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens need at least {256 + len(SPECIAL_TOKENS)}")
     return num_merges
 
 
@@ -206,9 +209,10 @@ def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PA
         raise UserError(f"unknown backend {backend!r}{nearest(backend, ('fast', 'python'))}")
     if len(tokens) < 256 + num_merges:
         found = len(tokens) - 256
-        raise UserError(f"vocab_size={vocab_size} is larger than the text can give: only {found} merges "
-                        "were found; give more text, or a vocab_size of at most "
-                        f"{found + 256 + len(SPECIAL_TOKENS)}")
+        raise UserError(
+            f"vocab_size={vocab_size} is larger than the text can give: only {found} merges "
+            "were found; give more text, or a vocab_size of at most "
+            f"{found + 256 + len(SPECIAL_TOKENS)}")
     return cls.from_ranks({token: i for i, token in enumerate(tokens)}, pattern=pattern)
 
 # %% ../nbs/02_tokenizer.ipynb #encode
@@ -241,7 +245,8 @@ def encode_batch(self, texts: Sequence[str], *, prepend: str | int | None = None
     if any(len(text) > LONGEST_RUN for text in texts):
         rows = [self.encode(text) for text in texts]
     else:
-        rows = self.encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count() or 1)
+        rows = self.encoding.encode_ordinary_batch(texts, num_threads=threads or os.cpu_count()
+                                                   or 1)
     if prepend is not None:
         first = self.special(prepend) if isinstance(prepend, str) else prepend
         rows = [[first, *row] for row in rows]
@@ -273,7 +278,8 @@ def token_bytes(self) -> np.ndarray:
 def fingerprint(self) -> str:
     """A hash of ranks, pattern and special tokens: equal for tokenizers that encode alike."""
     if self._fingerprint is None:
-        digest = hashlib.sha256(json.dumps([self.pattern, sorted(self.special_tokens.items())]).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.pattern, sorted(self.special_tokens.items())]).encode())
         for token, i in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(f"{i} {len(token)} ".encode() + token)
         self._fingerprint = digest.hexdigest()[:16]
@@ -314,7 +320,8 @@ def _render_answer(self, content) -> Iterator[tuple[list[int], int]]:
     """Pieces `(ids, mask)` of what the assistant says. A tool's output is not the assistant's: mask 0."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
-        raise UserError(f"an assistant's content must be text or a list of parts, not {str(content)[:60]!r}")
+        raise UserError(
+            f"an assistant's content must be text or a list of parts, not {str(content)[:60]!r}")
     for part in parts:
         kind, ids = part.get("type"), self.encode(part.get("text", ""))
         if kind == "text":
@@ -373,8 +380,9 @@ def save(self, folder: str | Path) -> None:
         by_rank[i] = _readable(token)
     head = {"fingerprint": self.fingerprint(), "pattern": self.pattern, "special_tokens": self.special_tokens}
     lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in by_rank)
-    write_atomic(Path(folder) / "tokenizer.json",
-                 json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "tokens": [\n{lines}\n]}}\n')
+    write_atomic(
+        Path(folder) / "tokenizer.json",
+        json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "tokens": [\n{lines}\n]}}\n')
 
 # %% ../nbs/02_tokenizer.ipynb #load
 @patch_to(Tokenizer)
@@ -398,8 +406,9 @@ def load(cls, folder: str | Path) -> Tokenizer:
 
 # %% ../nbs/02_tokenizer.ipynb #gpt2-bytes
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-CL100K_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-                  r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 
 
 def gpt2_bytes() -> dict[str, int]:
@@ -455,7 +464,8 @@ def _some(texts: Iterable[str], chars: int) -> Iterator[str]:
         chars -= len(text)
 
 
-def training_texts(source, chats: Iterable[dict], chars: int, chat_fraction: float) -> Iterator[str]:
+def training_texts(source, chats: Iterable[dict], chars: int,
+                   chat_fraction: float) -> Iterator[str]:
     """About `chars` characters of the source's train split and of conversations."""
     chat_chars = int(chars * chat_fraction)
     yield from _some(map(conversation_text, chats), chat_chars)
@@ -511,8 +521,9 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
 
 # %% ../nbs/02_tokenizer.ipynb #run-tokenizer
 def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: int = 2000,
-                  conversations: Sequence[str] = [], vocab_size: int = 768, train_chars: int = 400_000,
-                  chat_fraction: float = 0.15, seed: int = 0, published: str = "") -> dict:
+                  conversations: Sequence[str] = [], vocab_size: int = 768,
+                  train_chars: int = 400_000, chat_fraction: float = 0.15, seed: int = 0,
+                  published: str = "") -> dict:
     """The tokenizer stage: train, save to RUN/tokenizer, measure compression; return the summary.
 
     Raises UserError when the vocabulary is too small, or larger than the text can give.

@@ -9,6 +9,7 @@ import argparse
 import html
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -248,7 +249,10 @@ def wait_for(address: str, process: subprocess.Popen, log: Path, *, seconds: flo
 
 # %% ../nbs/17_ui.ipynb #launch
 def check_ports(port: int) -> None:
-    """Raise RuntimeError unless the page can listen on `port`, and the model on the next one."""
+    """Raise RuntimeError unless the page can listen on `port`, and the model on the next one.
+
+    (Notebook 16's check, without importing it: torch would take this small process 300 MB.)
+    """
     if not 1 <= port < 65535:
         raise RuntimeError(f"--port {port}: choose one from 1 to 65534 (the model takes the next)")
     for one in (port, port + 1):
@@ -290,7 +294,8 @@ def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
             time.sleep(0.5)
         ended = next(name for name, process in processes.items() if process.poll() is not None)
         raise RuntimeError(f"the {ended} ended; see {logs}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):         # asked to end: nobody needs the logs
+        shutil.rmtree(logs)
         return 0
     except RuntimeError as error:
         print(str(error) if str(error).startswith("error: ") else f"error: {error}",
