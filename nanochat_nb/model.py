@@ -18,7 +18,7 @@ from .runtime import UserError, compute_dtype, generator, nearest
 # %% auto #0
 __all__ = ['GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows', 'norm', 'Linear',
            'Embedding', 'rope_table', 'apply_rope', 'visible', 'attend', 'Reading', 'Attention', 'MLP', 'Block',
-           'smear', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'HeadLoss',
+           'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'HeadLoss',
            'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token', 'store_in_compute_dtype',
            'KVCache']
 
@@ -37,12 +37,14 @@ class GPTConfig:
     rope_dtype: str | None = None    # number format of the RoPE table; None: the compute dtype
     qk_scale: float = 1.2            # multiplies both q and k after their norm
     value_embed_layers: str | tuple[int, ...] = "alternate"   # every second, the last included
+    look_back_layers: tuple[int, ...] = ()   # half of their keys are made from the token before
 
     def __post_init__(self):
         layers = self.value_embed_layers
         if layers == "alternate":
             layers = range((self.n_layer - 1) % 2, self.n_layer, 2)
         object.__setattr__(self, "value_embed_layers", tuple(layers))
+        object.__setattr__(self, "look_back_layers", tuple(self.look_back_layers))
         object.__setattr__(self, "window_pattern", self.window_pattern.upper())
         _check_config(self)
 
@@ -64,8 +66,12 @@ class GPTConfig:
     @classmethod
     def from_depth(cls, depth: int, *, vocab_size: int, sequence_len: int, head_dim: int = 128,
                    aspect_ratio: int = 64, window_pattern: str = "SSSL", **more) -> GPTConfig:
-        """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads."""
+        """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads.
+
+        All layers but the first look back (a single one does too).
+        """
         n_head = -(-depth * aspect_ratio // head_dim)
+        more = {"look_back_layers": range(min(1, depth - 1), depth)} | more
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
                    n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern,
                    **more)
@@ -88,10 +94,12 @@ def _check_config(c: GPTConfig) -> None:
         raise UserError(
             f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and "
             "F (no limit)")
-    outside = [i for i in c.value_embed_layers if not 0 <= i < c.n_layer]
-    if outside:
-        raise UserError(
-            f"value_embed_layers names layer {outside[0]}; there are only {c.n_layer} layers")
+    for name in ("value_embed_layers", "look_back_layers"):
+        outside = [i for i in getattr(c, name) if not 0 <= i < c.n_layer]
+        if outside:
+            raise UserError(f"{name} names layer {outside[0]}; there are only {c.n_layer} layers")
+    if c.look_back_layers and c.head_dim % 4:
+        raise UserError(f"look_back_layers need heads of a multiple of 4 channels, not {c.head_dim}")
 
 # %% ../nbs/04_model.ipynb #layer-windows
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
@@ -170,10 +178,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 # %% ../nbs/04_model.ipynb #reading
 class Reading:
-    """What all layers of one forward pass share: rotations, a cache if there is one, masks."""
+    """What all layers of one forward pass share: rotations, a cache if there is one, masks, and
+    `before`, the embedding (B, T, C) of the token before each."""
 
     def __init__(self, cos: Tensor, sin: Tensor, cache=None, positions: Tensor | None = None):
         self.cos, self.sin, self.cache, self.positions = cos, sin, cache, positions
+        self.before: Tensor | None = None
         self._masks: dict = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -194,15 +204,18 @@ SMEAR_CHANNELS = 24     # channels the smear gate reads
 
 
 class Attention(nn.Module):
-    """Causal self-attention: RoPE, QK-norm, GQA, a window, and gated value embeddings."""
+    """Causal self-attention: RoPE, QK-norm, GQA, a window, gated value embeddings, and keys that
+    look back."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.qk_scale = layer, config.head_dim, config.qk_scale
         self.window = config.windows[layer]
         kv_dim = config.n_kv_head * config.head_dim
+        back = layer in config.look_back_layers
         self.q = Linear(config.n_embd, config.n_embd)
-        self.k = Linear(config.n_embd, kv_dim)
+        self.k = Linear(config.n_embd, kv_dim // 2 if back else kv_dim)
+        self.k_before = Linear(config.n_embd, kv_dim // 2) if back else None
         self.v = Linear(config.n_embd, kv_dim)
         self.out = Linear(config.n_embd, config.n_embd)
         gated = layer in config.value_embed_layers
@@ -210,13 +223,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
-                   for project in (self.q, self.k, self.v))
+        q, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.v))
+        k = self.keys(x, reading.before)
         if self.gate is not None:
             strength = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))
             v = v + strength[..., None] * value_embedding.unflatten(-1, (-1, self.head_dim))
         q, k = (norm(apply_rope(t, reading.cos, reading.sin)) * self.qk_scale for t in (q, k))
         return self.out(reading.attend(self.layer, q, k, v, self.window).flatten(-2))
+
+    def keys(self, x: Tensor, before: Tensor) -> Tensor:
+        """Keys (B, T, H_kv, D) of x (B, T, C); the slow half of the channel pairs from `before`."""
+        if self.k_before is None:
+            return self.k(x).unflatten(-1, (-1, self.head_dim))
+        quarters = (-1, 2, self.head_dim // 4)      # RoPE pairs channel i with i + D/2
+        now, past = self.k(x).unflatten(-1, quarters), self.k_before(before).unflatten(-1, quarters)
+        return torch.stack([now, past], dim=-2).flatten(-3)
 
 # %% ../nbs/04_model.ipynb #mlp
 class MLP(nn.Module):
@@ -246,14 +267,10 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 # %% ../nbs/04_model.ipynb #smear
-def smear(x: Tensor, gate: Tensor, before: Tensor | None = None) -> Tensor:
-    """Add to each token's embedding a gated part of the one before it.
-
-    x (B, T, C), gate (B, T, 1); before (B, C) is what precedes the first, if anything does.
-    """
-    mixed = x[:, 1:] + gate[:, 1:] * x[:, :-1]
-    first = x[:, :1] if before is None else x[:, :1] + gate[:, :1] * before[:, None]
-    return torch.cat([first, mixed], dim=1)
+def one_earlier(x: Tensor, first: Tensor | None = None) -> Tensor:
+    """What stood before each position of x (B, T, C); before the first `first` (B, C), or zeros."""
+    first = torch.zeros_like(x[:, :1]) if first is None else first[:, None]
+    return torch.cat([first, x[:, :-1]], dim=1)
 
 # %% ../nbs/04_model.ipynb #trunk
 class Trunk(nn.Module):
@@ -281,7 +298,7 @@ class Trunk(nn.Module):
         """Hidden states (B, T, C) in the compute dtype for token ids (B, T)."""
         check_ids(idx, self)
         reading = start_reading(self, idx, cache)
-        x = self.embed(idx, cache)
+        x = self.embed(idx, reading)
         first, middle = x, None
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * first
@@ -292,15 +309,16 @@ class Trunk(nn.Module):
             cache.advance()
         return norm(x - self.backout_lambda.to(x.dtype) * middle)
 
-    def embed(self, idx: Tensor, cache=None) -> Tensor:
-        """Normed, smeared embeddings (B, T, C) of token ids (B, T)."""
-        x = norm(self.wte(idx).to(self.dtype))
+    def embed(self, idx: Tensor, reading: Reading) -> Tensor:
+        """Normed, smeared embeddings (B, T, C) of token ids (B, T); sets `reading.before`."""
+        x, cache = norm(self.wte(idx).to(self.dtype)), reading.cache
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         gate = self.smear_lambda.to(x.dtype) * gate
-        before = None if cache is None else cache.previous_embedding
+        first = None if cache is None else cache.previous_embedding
         if cache is not None:
-            cache.previous_embedding = last_valid(x, cache.lengths, before)
-        return smear(x, gate, before)
+            cache.previous_embedding = last_valid(x, cache.lengths, first)
+        reading.before = one_earlier(x, first)
+        return x + gate * reading.before
 
 # %% ../nbs/04_model.ipynb #rope-dtype
 def rope_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype:
