@@ -84,7 +84,11 @@ chat() {
   exec "$bin/python" -m nanochat_nb.ui --run "$run" ${rest[@]+"${rest[@]}"}
 }
 
-case ${1:-} in -h|--help|help) usage; exit 0 ;; esac
+case ${1:-} in
+  help) usage; exit 0 ;;
+  chat|lab|book|refresh|test) ;;        # these have a help of their own
+  *) for word in "$@"; do case $word in -h|--help) usage; exit 0 ;; esac; done ;;
+esac
 install
 bin="$here/.venv/bin"
 export PATH="$bin:$PATH"

@@ -1201,6 +1201,7 @@ def spelling(world: World, rng: random.Random, split: str) -> str:
 # %% ../nbs/01_corpus.ipynb #game
 _TABLES = (("The {t} of {k} is {v}.", "What is the {t} of {k}? It is {v}."),
            ("{k}: {v}", "{k}? It is {v}."), ("- {v}={k}", "Which is {v}? The answer is {v}={k}"),
+           ("- {v}={k}", "The answer is {v}={k}"),
            ("{k} has {v}.", "Who has {v}? The one who has {v} is {k}."),
            ("{k} has {v}.", "What does {k} have? It is {v}."))
 
@@ -1220,6 +1221,12 @@ def _echo(world: World, rng: random.Random) -> str:
     return say("[Repeat|Say again|Copy|Remember]: {w}\n[Again|Yes|I say]: {w}", rng, {"w": words})
 
 
+def _round(world: World, rng: random.Random) -> str:
+    """A few words, again and again."""
+    words = _game_words(world, rng, rng.randrange(2, 8))
+    return pick(rng, (" ", ", ", "\n")).join(words * (2 + 24 // len(words)))
+
+
 def _lookup(world: World, rng: random.Random) -> str:
     """A table of keys and values, in sentences; then questions about it, in another order."""
     line, ask = pick(rng, _TABLES)
@@ -1227,13 +1234,13 @@ def _lookup(world: World, rng: random.Random) -> str:
     keys = list("ABCDEFGH") if "=" in line else _game_words(world, rng, len(values))
     kind = pick(rng, ("number", "word", "price", "sign", "secret"))       # no relation of the world
     table = [{"k": k, "v": v, "t": kind} for k, v in zip(keys, values)]
-    asked = [pick(rng, table) for _ in range(rng.randrange(2, 6))]
+    asked = [pick(rng, table) for _ in range(rng.randrange(4, 10))]
     return "\n".join([line.format(**row) for row in table] + [ask.format(**row) for row in asked])
 
 
 def game(world: World, rng: random.Random, split: str) -> str:
     """Two rounds of a memory game: everything that is asked stands further up."""
-    return "\n\n".join(pick(rng, (_echo, _lookup))(world, rng) for _ in range(2))
+    return "\n\n".join(pick(rng, (_echo, _round, _lookup, _lookup))(world, rng) for _ in range(2))
 
 # %% ../nbs/01_corpus.ipynb #function
 @dataclass(frozen=True)
@@ -1652,8 +1659,8 @@ WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
     "spelling": spelling, "code": code, "quiz": quiz,
     "game": game, "transcript": transcript}
-DOCUMENT_MIX = {"story": 11, "article": 35, "dialogue": 4, "quiz": 17, "arithmetic": 7,
-                "spelling": 8, "code": 4, "game": 8, "transcript": 6}
+DOCUMENT_MIX = {"story": 8, "article": 33, "dialogue": 3, "quiz": 16, "arithmetic": 6,
+                "spelling": 10, "code": 4, "game": 12, "transcript": 9}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
 

@@ -1,0 +1,118 @@
+"""Reinforcement learning against more fine-tuning, from one run's SFT checkpoint, at equal compute.
+
+    python benchmarks/rl_study.py runs/laptop [--seeds 3] [--steps 24] [--only NAME ...]
+
+Each recipe below starts from the same SFT weights and practises word problems and letters. "more SFT" fine-tunes on the
+same two tasks, new examples, for as many FLOPs as the first recipe would spend if every rollout were learned from: 2 per
+weight for each token read or generated, and 6 for each token of question and answer that is learned from. All are tested on the same 100 held-out questions of each task, 8 answers
+each at temperature 1 (pass@1, pass@8, unbiased) and one at temperature 0. Nothing is written to RUN.
+"""
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from nanochat_nb.checkpoint import load_model
+from nanochat_nb.inference import Engine
+from nanochat_nb.rl import open_questions, roll_out, run_rl, test_pass
+from nanochat_nb.runtime import start_runtime
+from nanochat_nb.sft import run_sft
+from nanochat_nb.tokenizer import Tokenizer
+
+TASKS = ["word_problem", "letters"]
+BATCH = 4096                                             # tokens a step of more SFT
+RECIPES = {
+    "lr 0.05": {"lr_fraction": 0.05},
+    "lr 0.2": {"lr_fraction": 0.2},
+    "lr 0.5": {"lr_fraction": 0.5},
+    "lr 1": {"lr_fraction": 1.0},
+    "lr 0.2, GRPO's std": {"lr_fraction": 0.2, "advantage": "std"},
+    "lr 0.2, RLOO": {"lr_fraction": 0.2, "advantage": "others"},
+    "lr 0.2, per sequence": {"lr_fraction": 0.2, "normalize": "sequence"},
+    "lr 0.2, constant length": {"lr_fraction": 0.2, "normalize": "constant"},
+    "lr 0.2, groups of 16": {"lr_fraction": 0.2, "prompts_per_step": 8, "samples_per_prompt": 16},
+    "lr 0.2, linear": {"lr_fraction": 0.2, "lr_shape": "linear"},
+}
+
+
+def examine(folder: Path, stage: str, rt) -> dict[str, float]:
+    """pass@1, pass@8 and the greedy score of each task on held-out questions."""
+    model, tokenizer, _ = load_model(folder, stage=stage, device=rt.device, dtype=rt.dtype)
+    engine, out = Engine(model, tokenizer), {}
+    for task in TASKS:
+        held = open_questions([task], "test", data="", examples=100, seed=0)
+        p = {"seed": 7, "eval_samples": 8, "max_new_tokens": 160, "temperature": 1.0, "top_k": 0}
+        found = test_pass(engine, tokenizer, held, p, rt)
+        out |= {k: v for k, v in found.items() if k.startswith(task)}
+        greedy = roll_out(engine, tokenizer, held, [0] * len(held), num_samples=1, max_new_tokens=160,
+                          temperature=0.0, top_k=0)
+        out[f"{task}_greedy"] = sum(group[0].reward > 0 for group in greedy) / len(held)
+    return out
+
+
+def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> tuple[dict, float]:
+    """Scores after RL, and how many tokens of fine-tuning would have cost its FLOPs."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copytree(run / "tokenizer", folder / "tokenizer")
+        shutil.copytree(run / "sft", folder / "sft")
+        options = {"tasks": TASKS, "examples": 1000, "prompts_per_step": 16, "samples_per_prompt": 8,
+                   "max_new_tokens": 160, "eval_prompts": 1, "eval_samples": 1} | recipe
+        summary = run_rl(run=str(folder), steps=steps, seed=seed, **options)
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        asked = [len(tokenizer.render_for_completion(c)) for _, c in
+                 open_questions(TASKS, "train", data="", examples=200, seed=seed)]
+        rollouts = steps * options["prompts_per_step"] * options["samples_per_prompt"]
+        passed = summary["tokens"] + rollouts * statistics.mean(asked)
+        return examine(folder, "rl", rt), passed * (1 + 2 / 6)
+
+
+def fine_tuned(run: Path, tokens: int, seed: int, rt) -> dict:
+    """Scores after more fine-tuning on `tokens` tokens of the two tasks."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copytree(run / "tokenizer", folder / "tokenizer")
+        shutil.copytree(run / "sft", folder / "base")
+        run_sft(run=str(folder), mixture=dict.fromkeys(TASKS, 1.0), examples=tokens // 150, epochs=1.0,
+                steps=max(1, tokens // BATCH), total_batch_tokens=BATCH, lr_fraction=0.1, eval_every=0,
+                eval_examples=5, seed=1000 + seed)
+        return examine(folder, "sft", rt)
+
+
+def line(name: str, results: list[dict], seconds: float) -> str:
+    """One row of the table: mean over seeds, ± standard deviation between seeds, in percent."""
+    cells = []
+    for key in (f"{t}_{k}" for t in TASKS for k in ("pass@1", "pass@8", "greedy")):
+        values = [100 * r[key] for r in results]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.1f}{spread}")
+    return f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    args = parser.parse_args()
+    rt = start_runtime("cpu", "")
+    heads = [f"{t} {k}" for t in ("problems", "letters") for k in ("pass@1", "pass@8", "greedy")]
+    print("| recipe | seeds | " + " | ".join(heads) + " | s |\n" + "|---" * (len(heads) + 3) + "|", flush=True)
+    print(line("SFT", [examine(args.run, "sft", rt)], 0), flush=True)
+    for i, name in enumerate(args.only):
+        start, results, spent = time.monotonic(), [], 0.0
+        for seed in range(args.seeds):
+            scores, spent = practised(args.run, RECIPES[name], seed, args.steps, rt)
+            results.append(scores)
+        print(line(name, results, (time.monotonic() - start) / args.seeds), flush=True)
+        if i == 0:
+            start, tokens = time.monotonic(), round(spent)
+            more = [fine_tuned(args.run, tokens, seed, rt) for seed in range(args.seeds)]
+            print(line(f"more SFT, {tokens:,} tokens", more, (time.monotonic() - start) / args.seeds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
