@@ -1562,6 +1562,8 @@ def _unknown(world: World, rng: random.Random, split: str) -> dict:
                  pick(rng, _NOT_KNOWN).format(n=name))
 
 # %% ../nbs/01_corpus.ipynb #spell-chat
+# of these, one in five in training follows some small talk: a chat may change its subject
+_AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown")
 _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
     _unknown)))
@@ -1586,7 +1588,11 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
     for i in range(1 << 31):
         if len(out) >= limit or misses > 500:
             return out
-        conversation = {"kind": kind} | make(world, random.Random(start | i), split)
+        rng = random.Random(start | i)
+        conversation = {"kind": kind} | make(world, rng, split)
+        if split == "train" and kind in _AFTER_TALK and rng.random() < 0.2:
+            before = turns(*_topic_turn("small_talk", rng, "train")[1:3])
+            conversation["messages"] = before + conversation["messages"]
         question = conversation.get("question") or repr(conversation["messages"][:-1])
         misses = misses + 1 if question in seen else 0
         if split == "train" or question not in seen:
