@@ -4,8 +4,11 @@
 
 Each recipe below starts from the same SFT weights and practises word problems and letters. "more SFT" fine-tunes on the
 same two tasks, new examples, for as many FLOPs as the first recipe would spend if every rollout were learned from: 2 per
-weight for each token read or generated, and 6 for each token of question and answer that is learned from. All are tested on the same 100 held-out questions of each task, 8 answers
-each at temperature 1 (pass@1, pass@8, unbiased) and one at temperature 0. Nothing is written to RUN.
+weight for each token read or generated, and 6 for each token of question and answer that is learned from. All are tested
+on the same 100 held-out questions of each task, 8 answers each at temperature 1 (pass@1, pass@8, unbiased) and one at
+temperature 0. Nothing is written to RUN.
+
+Not fair yet: with seed 0 RL practises questions that the run's fine-tuning has shown, "more SFT" gets new ones.
 """
 import argparse
 import shutil
