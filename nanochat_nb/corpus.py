@@ -41,7 +41,7 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
            'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
            'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'turns', 'message_text', 'talk', 'conversations', 'check_conversation', 'transcript', 'Document',
+           'turns', 'message_text', 'talk', 'lines_of', 'conversations', 'check_conversation', 'transcript', 'Document',
            'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations',
            'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text',
            'load_hf_rows']
@@ -1146,7 +1146,7 @@ def _static(name: str) -> str:
     return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
 
 
-WORDS = tuple(_static("words.txt").split())     # 1,754 plain words; the file is a list of them
+WORDS = tuple(_static("words.txt").split())     # 4,639 plain words; the file is a list of them
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()
 _VOWELS = "a e i o u ai ea ee ie oa oo ou a e i o u".split()
@@ -1467,16 +1467,38 @@ def talk() -> dict[str, dict[str, dict]]:
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
 
 
+@lru_cache(maxsize=None)
+def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
+    """The lines of a topic that `split` may ask. The first, the most usual, is for training."""
+    first, *others = talk()[table][topic]["asks"]
+    mine = [line for line in others if split_of("wording", line) == split]
+    return (first, *mine) if split == "train" else tuple(mine)
+
+
 def _topic_turn(table: str, rng: random.Random, split: str) -> tuple[str, str, str, str, str]:
     """(topic, user's words, reply, word that a right reply contains, line of the table); the line
     belongs to `split`."""
     topics = talk()[table]
-    while True:
-        name = pick(rng, tuple(topics))
-        line = pick(rng, topics[name]["asks"])
-        if split_of("wording", line) == split:
-            reply = pick(rng, topics[name]["replies"])
-            return name, say(line, rng, {}), reply, topics[name]["word"], line
+    name = pick(rng, [name for name in topics if lines_of(table, name, split)])
+    lines = lines_of(table, name, split)
+    line = pick(rng, lines)
+    asked = say(line, rng, {})
+    if split == "train":
+        asked = _as_typed(asked, say(pick(rng, lines), rng, {}), rng)
+    return name, asked, pick(rng, topics[name]["replies"]), topics[name]["word"], line
+
+
+def _as_typed(asked: str, more: str, rng: random.Random) -> str:
+    """Half of the time another form of `asked`: in lower case without its last mark, with a word
+    left out, or with `more` behind it."""
+    words = asked.split(" ")
+    form = pick(rng, ("lower", "gap", "gap", "both", "", "", "", ""))
+    if form == "gap" and len(words) > 3:
+        words.pop(rng.randrange(len(words)))
+        return " ".join(words)
+    if form == "both" and asked[-1] in ".?!":
+        return f"{asked} {more}"
+    return asked.lower().rstrip(".?!") if form == "lower" else asked
 
 
 def _talk(answer: str, topic: str, *contents: str) -> dict:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .runtime import UserError, compute_dtype, generator, nearest
 
 # %% auto #0
-__all__ = ['GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows', 'norm', 'Linear',
-           'Embedding', 'rope_table', 'apply_rope', 'visible', 'attend', 'Reading', 'Attention', 'MLP', 'Block',
+__all__ = ['BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows', 'UnitNorm', 'norm',
+           'Linear', 'Embedding', 'rope_table', 'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend',
+           'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU', 'MLP', 'Block',
            'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'HeadLoss',
            'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token', 'store_in_compute_dtype',
            'KVCache']
@@ -110,9 +112,37 @@ def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
     return tuple(width[letter] for letter in letters)
 
 # %% ../nbs/04_model.ipynb #norm
+class UnitNorm(torch.autograd.Function):
+    """x (…, C) over its root mean square, in few trips to memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        r = _one_over_size(x)
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _across(grad, *ctx.saved_tensors)
+
+
+def _one_over_size(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    mean_square = length.square_().div_(x.size(-1))
+    return mean_square.add_(torch.finfo(wide).eps).rsqrt_().to(x.dtype)
+
+
+def _across(grad: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    along = (grad * y).mean(-1, keepdim=True)
+    return torch.addcmul(grad, y, along, value=-1).mul_(r)
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a learned scale."""
-    return F.rms_norm(x, (x.size(-1),))
+    return UnitNorm.apply(x) if x.is_cpu else F.rms_norm(x, (x.size(-1),))
 
 # %% ../nbs/04_model.ipynb #linear
 class Linear(nn.Module):
@@ -153,6 +183,40 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
+# %% ../nbs/04_model.ipynb #place
+class TurnAndNorm(torch.autograd.Function):
+    """norm(apply_rope(x)) * scale, in few trips to memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        y = _turn(x, cos, sin)
+        r = _one_over_size(y)
+        y.mul_(r)
+        ctx.save_for_backward(y, r, cos, sin)
+        ctx.scale = scale
+        return y * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        y, r, cos, sin = ctx.saved_tensors
+        return _turn(_across(grad, y, r * ctx.scale), cos, -sin), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (first, second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=-1)
+    return y
+
+
+def turn_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Queries or keys x (B, T, H, D): turned by their positions, normed, times `scale`."""
+    if x.is_cpu:
+        return TurnAndNorm.apply(x, cos, sin, scale)
+    return norm(apply_rope(x, cos, sin)) * scale
+
 # %% ../nbs/04_model.ipynb #visible
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Which keys a query may see. query (…, T) and key (S) are positions; returns bool (…, T, S)."""
@@ -176,6 +240,82 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
                                        enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
+# %% ../nbs/04_model.ipynb #key-blocks
+BLOCK = 128        # queries at a time: the fastest of 64, 128, 256 and 512, or within 5% of it
+
+
+def key_blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
+    """For each block of queries, the queries and the keys that at least one of them sees."""
+    starts = range(0, length, BLOCK)
+    first = [0 if window is None else max(0, a - window) for a in starts]
+    return [(slice(a, min(a + BLOCK, length)), slice(f, min(a + BLOCK, length)))
+            for a, f in zip(starts, first)]
+
+
+@functools.lru_cache(maxsize=64)
+def _hide(queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """For the last `queries` of `keys` positions: 0 where a key is seen, -inf where not."""
+    seen = visible(torch.arange(keys - queries, keys), torch.arange(keys), window)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+# %% ../nbs/04_model.ipynb #block-attention
+class BlockAttention(torch.autograd.Function):
+    """Causal attention in a window by matrix products, a block of queries at a time."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        ctx.rows, ctx.scale = len(q), q.size(-1) ** -0.5
+        q, k, v = _per_head(q) * ctx.scale, _per_head(k), _per_head(v)
+        ctx.blocks, shares, out = key_blocks(q.size(1), window), [], []
+        for here, seen in ctx.blocks:
+            hide = _hide(here.stop - here.start, seen.stop - seen.start, window, q.dtype)
+            scores = torch.bmm(q[:, here], k[:, seen].mT).add_(hide)
+            shares.append(scores.softmax(-1))
+            out.append(torch.bmm(shares[-1], v[:, seen]))
+        y = torch.cat(out, dim=1)
+        ctx.save_for_backward(q, k, v, y, *shares)
+        return _per_row(y, ctx.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, k, v, y, *shares = ctx.saved_tensors
+        grad = _per_head(grad)
+        mean = (grad * y).sum(-1, keepdim=True)
+        of_q, of_k, of_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        for (here, seen), p in zip(ctx.blocks, shares):
+            of_v[:, seen] += torch.bmm(p.mT, grad[:, here])
+            slope = torch.bmm(grad[:, here], v[:, seen].mT).sub_(mean[:, here]).mul_(p)
+            of_q.append(torch.bmm(slope, k[:, seen]))
+            of_k[:, seen] += torch.bmm(slope.mT, q[:, here])
+        of_q = torch.cat(of_q, dim=1).mul_(ctx.scale)
+        return *(_per_row(t, ctx.rows) for t in (of_q, of_k, of_v)), None
+
+
+def _per_head(x: Tensor) -> Tensor:
+    """(B, T, H, D) -> (B·H, T, D)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _per_row(x: Tensor, rows: int) -> Tensor:
+    """(B·H, T, D) -> (B, T, H, D)."""
+    return x.unflatten(0, (rows, -1)).transpose(1, 2)
+
+# %% ../nbs/04_model.ipynb #attend-to-past
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attention of q (B, T, H, D) over k and v (B, T, H_kv, D) of the same positions.
+
+    Each query sees itself and at most `window` keys before it; None is no limit.
+    """
+    window = None if window is None or window >= q.size(1) else window
+    if not q.is_cpu:
+        mask = None if window is None else _window_mask(q.size(1), window, q.device)
+        return attend(q, k, v, mask)
+    group = q.size(2) // k.size(2)
+    if group > 1:
+        k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    return BlockAttention.apply(q, k, v, window)
+
 # %% ../nbs/04_model.ipynb #reading
 class Reading:
     """What all layers of one forward pass share: rotations, a cache if there is one, masks, and
@@ -189,8 +329,7 @@ class Reading:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of `layer` over its new keys and, with a cache, all earlier ones."""
         if self.cache is None:
-            whole = window is None or window >= q.size(1)
-            return attend(q, k, v, None if whole else _window_mask(q.size(1), window, q.device))
+            return attend_to_past(q, k, v, window)
         k, v, valid = self.cache.append(layer, k, v)
         if (window, k.size(1)) not in self._masks:
             keys = torch.arange(k.size(1), device=k.device)
@@ -228,7 +367,7 @@ class Attention(nn.Module):
         if self.gate is not None:
             strength = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))
             v = v + strength[..., None] * value_embedding.unflatten(-1, (-1, self.head_dim))
-        q, k = (norm(apply_rope(t, reading.cos, reading.sin)) * self.qk_scale for t in (q, k))
+        q, k = (turn_and_norm(t, reading.cos, reading.sin, self.qk_scale) for t in (q, k))
         return self.out(reading.attend(self.layer, q, k, v, self.window).flatten(-2))
 
     def keys(self, x: Tensor, before: Tensor) -> Tensor:
@@ -240,6 +379,20 @@ class Attention(nn.Module):
         return torch.stack([now, past], dim=-2).flatten(-3)
 
 # %% ../nbs/04_model.ipynb #mlp
+class SquaredReLU(torch.autograd.Function):
+    """The positive part, squared. Keeps the positive part, of which the gradient is twice."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
 class MLP(nn.Module):
     """Widen four times, keep the positive part squared, narrow again.
 
@@ -252,7 +405,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(SquaredReLU.apply(self.up(x)))
 
 # %% ../nbs/04_model.ipynb #block
 class Block(nn.Module):
@@ -395,7 +548,7 @@ def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
 def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
     """`_chunk_loss` in slices of rows that keep the logits small; gradients add up in wide floats."""
     narrow = weight.to(x.dtype)
-    rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 28) // weight.size(0))
+    rows = max(1, (2 ** 22 if x.device.type == "cpu" else 2 ** 28) // weight.size(0))
     losses, grad_x = [], []
     grad_weight = None if scale is None else torch.zeros_like(weight)
     for a in range(0, len(x), rows):

@@ -38,16 +38,17 @@ POLAR_EXPRESS = (
 
 
 def polar_express(x: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each x (…, m, n), by matrix products only.
+    """About the nearest orthogonal matrix to each x (K, m, n), by matrix products only.
 
-    Polar Express, arXiv 2505.16932.
+    Polar Express, arXiv 2505.16932. A product and its sum are one operation, rounded once.
     """
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS[:steps]:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)       # b·gram + c·gram·gram
+        x = torch.baddbmm(x, mixed, x, beta=a)                         # a·x + mixed·x
     return x.mT if tall else x
 
 # %% ../nbs/05_optimizer.ipynb #equilibrate-rows

@@ -25,7 +25,7 @@ from .inference import Engine
 from .loader import Shards, open_shards, pretraining_batches, write_shards
 from .model import GPT, GPTConfig
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, peak_memory_bytes, progress,
+from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes, progress,
                                  run_folder, start_runtime, write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
@@ -188,6 +188,8 @@ class TrainingLoop:
         self.metrics = MetricsLog(self.folder / "metrics" / f"{stage}.jsonl", write=rt.is_main)
         self.step, self.tokens, self.flops, self.earlier = 0, 0, 0.0, 0.0
         self.started = time.monotonic()
+        if rt.device.type == "cpu":
+            keep_memory()
         self._resume()
 
     @property

@@ -26,16 +26,16 @@ from .tasks import EMBEDDED, REAL
 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
-           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'SMALL_IS_GOOD', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
-           'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'environment', 'preset_name',
-           'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'title', 'percent', 'task_names',
-           'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'text_line', 'core_line', 'markdown',
-           'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted', 'headline_errors', 'clear_winner',
-           'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line',
-           'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table',
-           'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section', 'topics_html',
-           'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report',
-           'main']
+           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'SMALL_IS_GOOD', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT',
+           'LEFT', 'BOTTOM', 'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha',
+           'environment', 'preset_name', 'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'title',
+           'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'text_line',
+           'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
+           'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend',
+           'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
+           'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
+           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
+           'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -378,6 +378,7 @@ def quoted(text: str, most: int = 400) -> str:
 
 # %% ../nbs/14_report.ipynb #compare-reports
 SMALL_IS_GOOD = ("val_bpb", "minutes")
+NO_ERROR_KNOWN = ("val_bpb", "core_partial")     # and perhaps other text, other tasks
 
 
 def headline_errors(report: dict) -> dict[str, float]:
@@ -415,7 +416,8 @@ def compare_reports(reports: dict[str, dict]) -> str:
     rows = []
     for key in dict.fromkeys(k for head in heads.values() for k in head):
         values = [head.get(key) for head in heads.values()]
-        best = clear_winner(values, [d.get(key, 0.0) for d in doubts], key in SMALL_IS_GOOD)
+        errors = [math.inf if key in NO_ERROR_KNOWN else d.get(key, 0.0) for d in doubts]
+        best = clear_winner(values, errors, key in SMALL_IS_GOOD)
         words = [
             "–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values
         ]

@@ -21,14 +21,15 @@ from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, due, finish, learning_rates, open_run, recipe,
                                      record, say, stop, training_steps, update)
 from .runtime import Runtime, UserError, generator, nearest, seed_of, start_runtime
-from .sft import open_split, prepare_base, run_sft
-from .tasks import Task
+from .sft import open_split, prepare_base, rows_made, run_sft
+from .tasks import EMBEDDED, Task
 from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights', 'policy_rows',
-           'policy_gradient', 'open_questions', 'that_fit', 'questions_of', 'test_pass', 'rl_multiplier', 'check_rl',
-           'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft', 'run_rl']
+           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'questions_of', 'test_pass',
+           'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft',
+           'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -140,17 +141,33 @@ def policy_gradient(model: GPT, rollouts: Sequence[Rollout], scales: Sequence[fl
     return rt.sum(total)[0]
 
 # %% ../nbs/13_rl.ipynb #open-questions
-def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int,
-                   seed: int) -> list[tuple[Task, dict]]:
-    """All (task, conversation) of a split, in an order shuffled by `seed`. Raises UserError for a task without a judge."""
+def shown_by_sft(recipe: dict, tasks: Sequence[str], seed: int) -> dict[str, int]:
+    """How many rows of each embedded task the fine-tuning with this recipe was given: the first ones."""
+    if recipe["seed"] != seed:                               # it was given rows of another world
+        return {}
+    return {name: rows_made(recipe["examples"], recipe["mixture"][name])
+            for name in tasks if name in EMBEDDED and recipe["mixture"].get(name)}
+
+
+def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int, seed: int,
+                   shown: dict[str, int] = {}) -> list[tuple[Task, dict]]:
+    """All (task, conversation) of a split, in an order shuffled by `seed`.
+
+    Of an embedded task, those of the `examples` after its first `shown` that do not ask the same
+    once more. Raises UserError for a task without a judge.
+    """
     if not tasks:
         raise UserError("name at least one task to practise, such as word_problem")
-    opened = [open_split(name, split, data=data, examples=examples, seed=seed) for name in tasks]
-    for task in opened:
+    pairs = []
+    for name in tasks:
+        known = shown.get(name, 0)
+        task = open_split(name, split, data=data, examples=known + examples, seed=seed)
         if task.judge is None:
             raise UserError(
                 f"task {task.name!r} has no right answers to reward; choose one with a judge")
-    pairs = [(task, i) for task in opened for i in range(len(task))]
+        asked = [str(task[i]["messages"][-2]["content"]) for i in range(len(task))]
+        before = set(asked[:known])
+        pairs += [(task, i) for i in range(known, len(task)) if asked[i] not in before]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
     return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
 
@@ -251,9 +268,11 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
     """The policy gradient of this rank's groups, the update, a row of metrics."""
     rt, everyone = loop.rt, [r for g in groups for r in g]
     useful = [g for g in groups if len({r.reward for r in g}) > 1]
-    count, tokens, reward, ended, signal = rt.sum(
+    count, tokens, reward, ended, signal, learned, read = rt.sum(
         len(everyone), sum(sum(r.mask) for r in everyone), sum(r.reward for r in everyone),
-        sum(r.finished for r in everyone), len(useful))
+        sum(r.finished for r in everyone), len(useful),
+        sum(len(r.prompt) + len(r.ids) for g in useful for r in g),
+        sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
     weights = token_weights(useful, p["normalize"], all_tokens=max(1.0, tokens),
                             all_groups=p["prompts_per_step"], max_new_tokens=p["max_new_tokens"])
     scales = [a * w for g, ws in zip(useful, weights) for a, w in zip(advantages([r.reward for r in g], p["advantage"]), ws)]
@@ -264,7 +283,7 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
                                micro_batch_rows=p["micro_batch_rows"])
         update(loop, loss, lr=lr)
     record(loop, began, loss=loss, lr=lr, tokens=int(tokens),
-           flops=loop.model.flops_per_token() * tokens, reward=reward / count,
+           flops=loop.model.flops_per_token() * (learned + read / 3), reward=reward / count,
            finished=ended / count, mean_tokens=tokens / count,
            useful_groups=signal / p["prompts_per_step"])
 
@@ -304,10 +323,11 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     rt = start_runtime(device, dtype)
     check_rl(p, rt)
     folder = open_run(run, rt)
-    questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed)
-    held = open_questions(tasks, "val", data=data, examples=-(-eval_prompts // len(tasks)),
+    held = open_questions(tasks, "val", data=data, examples=-(-eval_prompts // max(1, len(tasks))),
                           seed=seed)[:eval_prompts]
     model, tokenizer, sft = prepare_sft(run, folder, rt)
+    questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed,
+                               shown=shown_by_sft(sft["recipe"], tasks, seed))
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
     engine = Engine(model, tokenizer)
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import difflib
 import hashlib
 import json
@@ -26,7 +27,8 @@ import torch.distributed as dist
 # %% auto #0
 __all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'detect_device', 'fast_dtype', 'compute_dtype',
            'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of', 'generator',
-           'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes']
+           'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes',
+           'keep_memory']
 
 # %% ../nbs/00_runtime.ipynb #usererror
 class UserError(Exception):
@@ -298,3 +300,13 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak
+
+# %% ../nbs/00_runtime.ipynb #keep-memory
+def keep_memory() -> bool:
+    """Ask the C library to keep freed memory for this process; False where it is not glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):     # macOS, musl, Windows
+        return False
+    trim_threshold, mmap_max = -1, -4                # their numbers in malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))

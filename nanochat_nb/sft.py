@@ -27,8 +27,8 @@ from .tasks import EMBEDDED, Rows, Task, TaskMixture, open_task
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['held_out', 'open_split', 'open_mixture', 'pack_mixture', 'conversation_loss', 'prepare_base', 'sft_steps',
-           'rows_hash', 'fine_tune', 'sft_metrics', 'run_sft']
+__all__ = ['held_out', 'open_split', 'rows_made', 'open_mixture', 'pack_mixture', 'conversation_loss', 'prepare_base',
+           'sft_steps', 'rows_hash', 'fine_tune', 'sft_metrics', 'run_sft']
 
 # %% ../nbs/12_sft.ipynb #held-out
 def held_out(conversation: dict) -> bool:
@@ -57,6 +57,11 @@ def open_split(name: str, split: str, *, data: str, examples: int, seed: int) ->
     return replace(task, rows=Rows(task.rows, np.array(numbers, dtype=np.int64)))
 
 
+def rows_made(examples: int, epochs: float) -> int:
+    """How many rows of an embedded task a mixture makes."""
+    return max(1, round(examples * epochs))
+
+
 def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examples: int,
                  seed: int) -> TaskMixture:
     """All tasks of `mixture` (name → epochs; 0 leaves one out) shuffled together.
@@ -71,7 +76,7 @@ def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examp
     for name, epochs in chosen:
         made, epochs = name in EMBEDDED, epochs if split == "train" else 1.0
         # what is made need not be repeated
-        count = max(1, round(examples * epochs)) if made else examples
+        count = rows_made(examples, epochs) if made else examples
         task = open_split(name, split, data=data, examples=count, seed=seed)
         tasks.append((task, 1.0 if made else epochs))
     return TaskMixture([(t, e) for t, e in tasks if len(t)], seed=seed)
