@@ -25,7 +25,7 @@ from nanochat_nb.tokenizer import Tokenizer
 
 TASKS = ["word_problem", "letters"]
 BATCH = 4096                                             # tokens a step of more SFT
-GENTLE = 0.02                                            # above 0.05 it unlearns (the first table in the log)
+GENTLE = 0.02                                            # at 0.2 it unlearns (chapters/log.md)
 RECIPES = {
     "lr 0.02": {"lr_fraction": GENTLE},
     "lr 0.05": {"lr_fraction": 0.05},
