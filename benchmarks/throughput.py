@@ -20,6 +20,18 @@ HERE = Path(__file__).resolve().parent.parent
 STEPS = 12
 
 
+def one_step(net, model, optimizer):
+    """A function that trains one step on idx and targets through `net`, which is `model` or its compiled form."""
+    def step(idx, targets):
+        loss = net(idx, targets)
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
 def nanochat_step(args):
     """(a function that trains one step on idx and targets, FLOPs per token) of nanochat's model and optimizer."""
     import torch
@@ -33,15 +45,7 @@ def nanochat_step(args):
     model.init_weights()
     flops, compiled = model.estimate_flops(), torch.compile(model, dynamic=False)
     optimizer = model.setup_optimizer()
-
-    def step(idx, targets):
-        loss = compiled(idx, targets)
-        loss.backward()
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step, flops
+    return one_step(compiled, model, optimizer), flops
 
 
 def our_step(args):
@@ -55,15 +59,7 @@ def our_step(args):
                                   aspect_ratio=args.width // args.layers)
     model = GPT(config, dtype=rt.dtype).init_weights(0)
     optimizer = build_optimizer(model, rt=rt)
-
-    def step(idx, targets):
-        loss = model(idx, targets)
-        loss.backward()
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step, model.flops_per_token()
+    return one_step(model, model, optimizer), model.flops_per_token()
 
 
 def work(args) -> None:

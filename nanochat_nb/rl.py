@@ -165,11 +165,15 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
         if task.judge is None:
             raise UserError(
                 f"task {task.name!r} has no right answers to reward; choose one with a judge")
-        asked = [str(task[i]["messages"][-2]["content"]) for i in range(len(task))]
-        before = set(asked[:known])
-        pairs += [(task, i) for i in range(known, len(task)) if asked[i] not in before]
+        before = {_question(task[i]) for i in range(known)}
+        pairs += [(task, i) for i in range(known, len(task))
+                  if not before or _question(task[i]) not in before]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
     return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
+
+
+def _question(conversation: dict) -> str:
+    return str(conversation["messages"][-2]["content"])
 
 
 def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
