@@ -41,10 +41,10 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
            'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
            'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'turns', 'message_text', 'talk', 'lines_of', 'conversations', 'check_conversation', 'transcript', 'Document',
-           'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations',
-           'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text',
-           'load_hf_rows']
+           'turns', 'message_text', 'talk', 'fillers', 'lines_of', 'conversations', 'check_conversation', 'transcript',
+           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
+           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
+           'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -1359,7 +1359,7 @@ def code(world: World, rng: random.Random, split: str) -> str:
 
 # %% ../nbs/01_corpus.ipynb #turns
 CONVERSATION_KINDS = ("fact", "choice", "choice_aloud", "letters", "word_problem", "code",
-                      "identity", "small_talk", "memory", "unknown")
+                      "identity", "small_talk", "memory", "unknown", "beyond")
 
 
 def turns(*contents: str | list[dict]) -> list[dict]:
@@ -1457,11 +1457,21 @@ def _code(world: World, rng: random.Random, split: str) -> dict:
 # %% ../nbs/01_corpus.ipynb #topic
 @lru_cache(maxsize=1)
 def talk() -> dict[str, dict[str, dict]]:
-    """The tables of `static/talk.toml`: "identity", "small_talk" and "memory", each topic → its
-    lines of `asks`, `replies`, …, and the `word` of every right reply."""
+    """The tables of `static/talk.toml` and `static/beyond.toml`: "identity", "small_talk",
+    "memory" and "beyond", each topic → its lines of `asks`, `replies`, …, and the `word` of every
+    right reply."""
+    tables = tomllib.loads(_static("talk.toml"))
+    tables["beyond"] = tomllib.loads(_static("beyond.toml"))["beyond"]
     return {table: {name: {k: v if k == "word" else tuple(v.strip().split("\n"))
                            for k, v in topic.items()} for name, topic in topics.items()}
-            for table, topics in tomllib.loads(_static("talk.toml")).items()}
+            for table, topics in tables.items()}
+
+
+@lru_cache(maxsize=1)
+def fillers() -> dict[str, tuple[str, ...]]:
+    """What may stand for the {slots} in the lines of the table "beyond": countries, rivers, …"""
+    lists = tomllib.loads(_static("beyond.toml"))["fillers"]
+    return {slot: tuple(text.strip().split("\n")) for slot, text in lists.items()}
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
@@ -1475,32 +1485,48 @@ def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
     return (first, *mine) if split == "train" else tuple(mine)
 
 
-def _topic_turn(table: str, rng: random.Random, split: str) -> tuple[str, str, str, str, str]:
+def _topic_turn(table: str, rng: random.Random, split: str, *,
+                topic: str = "") -> tuple[str, str, str, str, str]:
     """(topic, user's words, reply, word that a right reply contains, line of the table); the line
     belongs to `split`."""
     topics = talk()[table]
-    name = pick(rng, [name for name in topics if lines_of(table, name, split)])
+    name = topic or pick(rng, [name for name in topics if lines_of(table, name, split)])
     lines = lines_of(table, name, split)
     line = pick(rng, lines)
-    asked = say(line, rng, {})
+    asked = _filled(line, rng, split)
     if split == "train":
-        asked = _as_typed(asked, say(pick(rng, lines), rng, {}), rng)
+        asked = _as_typed(asked, _filled(pick(rng, lines), rng, split), rng)
     return name, asked, pick(rng, topics[name]["replies"]), topics[name]["word"], line
 
 
+def _filled(line: str, rng: random.Random, split: str) -> str:
+    """One way to say `line`, its slots filled with what belongs to `split`."""
+    names = {slot: pick(rng, [v for v in fillers()[slot] if split_of("filler", v) == split])
+             for slot in re.findall(r"{(\w+)}", line)}
+    return say(line, rng, names)
+
+# %% ../nbs/01_corpus.ipynb #as-typed
+_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
+          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
+          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
+_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
+
+
 def _as_typed(asked: str, more: str, rng: random.Random) -> str:
-    """Half of the time another form of `asked`: in lower case without its last mark, with a word
-    left out, or with `more` behind it."""
+    """Half of the time another form of `asked`: in lower case without its last mark, also with
+    short forms; with a word left out; or with `more` behind it."""
     words = asked.split(" ")
-    form = pick(rng, ("lower", "gap", "gap", "both", "", "", "", ""))
+    form = pick(rng, ("lower", "short", "gap", "gap", "both", "", "", "", "", ""))
     if form == "gap" and len(words) > 3:
         words.pop(rng.randrange(len(words)))
         return " ".join(words)
     if form == "both" and asked[-1] in ".?!":
         return f"{asked} {more}"
+    if form == "short":
+        return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked.lower()).rstrip(".?!")
     return asked.lower().rstrip(".?!") if form == "lower" else asked
 
-
+# %% ../nbs/01_corpus.ipynb #who-it-is
 def _talk(answer: str, topic: str, *contents: str) -> dict:
     """A conversation whose last reply must contain `answer`."""
     return {"messages": turns(*contents), "answer": answer, "topic": topic}
@@ -1540,31 +1566,60 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
 
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
-    "name": tuple(WOMEN + MEN), "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS),
-    "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS, "hobby": HOBBIES,
-    "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
+    "name": tuple(WOMEN + MEN), "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
+    + fillers()["city"], "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS,
+    "hobby": HOBBIES, "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
     "friend": tuple(WOMEN + MEN), "animal": SPECIES, "birthday": MONTHS}
+_NAMES = ("name", "home", "pet", "friend")         # of these nobody can know all that there are
+
+
+@lru_cache(maxsize=None)
+def _of_split(what: str, split: str) -> tuple[str, ...]:
+    return tuple(v for v in MEMORY[what] if split_of("memory", what, v) == split)
+
+
+def _told(rng: random.Random, split: str) -> dict[str, str]:
+    """One to three things to tell, with values of `split`; a third of the names are new ones."""
+    kinds = [what for what in MEMORY if _of_split(what, split)]
+    told = {what: pick(rng, _of_split(what, split))
+            for what in rng.sample(kinds, pick(rng, (1, 1, 2, 3)))}
+    for what in told:
+        while what in _NAMES and rng.random() < 0.35:
+            name = capital(invented_word(rng))
+            told[what] = name if split_of("memory", what, name) == split else told[what]
+    return told
+
+
+def _joined(tells: list[str], rng: random.Random) -> str:
+    """Sentences as somebody says them in one breath."""
+    out = tells[0]
+    for tell in tells[1:]:
+        common = re.match(r"(The|My|In|For|At|By|We|You|They|People|Let|This)\b", tell)
+        small = tell[0].lower() + tell[1:] if common else tell
+        out = pick(rng, (f"{out} {tell}", f"{out.rstrip('.!')} and {small}"))
+    hello = pick(rng, ("", "", "Hi! ", "Hello. ")) if len(tells) > 1 else ""
+    return out if re.match(r"H(i|ello)\b", out) else hello + out
 
 # %% ../nbs/01_corpus.ipynb #memory-chat
 def _memory(world: World, rng: random.Random, split: str) -> dict:
-    """The user says something, one or two other exchanges follow, then the user asks for it."""
-    while True:
-        what = pick(rng, tuple(MEMORY))
-        topic, names = talk()["memory"][what], {"v": pick(rng, MEMORY[what])}
-        if split_of("memory", what, names["v"]) == split:
-            break
-    tell, reply, ask, answer = (say(pick(rng, topic[k]), rng, names)
-                                for k in ("tells", "replies", "asks", "answers"))
-    out = [tell, reply]
+    """The user says one to three things, one or two other exchanges follow, then the user asks for
+    one of them."""
+    told = _told(rng, split)
+    first, asked = pick(rng, tuple(told)) if "name" not in told else "name", pick(rng, tuple(told))
+
+    def line(what: str, part: str) -> str:
+        return say(pick(rng, talk()["memory"][what][part]), rng, {"v": told[what]})
+
+    out = [_joined([line(what, "tells") for what in told], rng), line(first, "replies")]
     for _ in range(pick(rng, (1, 1, 2))):
         if rng.random() < 0.5:
             out += _topic_turn("small_talk", rng, "train")[1:3]
         else:
             fact = pick(rng, world.askable["train"])
             out += [pick(rng, fact.questions), pick(rng, fact.replies)]
-    return _talk(names["v"], what, *out, ask, answer)
+    return _talk(told[asked], asked, *out, line(asked, "asks"), line(asked, "answers"))
 
-
+# %% ../nbs/01_corpus.ipynb #unknown-chat
 _NOT_KNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
             "I do not know anything about {n}.")
 _UNKNOWN_TABLES = (PERSON, PERSON, PLACE, ANIMAL, THING)
@@ -1583,12 +1638,41 @@ def _unknown(world: World, rng: random.Random, split: str) -> dict:
     return _talk("do not know", kind, pick(rng, asks).format_map(_forms(name)),
                  pick(rng, _NOT_KNOWN).format(n=name))
 
+# %% ../nbs/01_corpus.ipynb #beyond-chat
+_KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+
+def _noise(rng: random.Random) -> str:
+    """What people type who do not mean anything."""
+    row = pick(rng, _KEYS)
+    start = rng.randrange(len(row) - 3)
+    return pick(rng, (row[start:start + rng.randrange(3, 6)] * rng.randrange(1, 3),
+                      "".join(rng.choices(row, k=rng.randrange(4, 10))),
+                      pick(rng, row) * rng.randrange(2, 9),
+                      "".join(rng.choices("?!.,-#*", k=rng.randrange(1, 5))),
+                      " ".join(invented_word(rng) for _ in range(rng.randrange(1, 4))),
+                      " ".join(rng.sample(REAL_WORDS, rng.randrange(2, 5))),
+                      str(rng.randrange(10 ** rng.randrange(1, 9)))))
+
+
+def _beyond(world: World, rng: random.Random, split: str) -> dict:
+    """A question about our world, something that the model cannot do, or noise."""
+    topic = pick(rng, ("knowledge", "knowledge", "request", "noise"))
+    if topic != "noise":
+        topic, ask, reply, word, line = _topic_turn("beyond", rng, split, topic=topic)
+        return _talk(word, topic, pick(rng, _OPENERS) + ask, reply) | {"question": line}
+    while split_of("noise", noise := _noise(rng)) != split:
+        pass
+    unclear = talk()["small_talk"]["unclear"]
+    return _talk(unclear["word"], topic, noise, pick(rng, unclear["replies"]))
+
 # %% ../nbs/01_corpus.ipynb #spell-chat
 # of these, one in five in training follows some small talk: a chat may change its subject
-_AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown")
+_AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown", "beyond")
+_IN_HASTE = ("fact", "unknown")          # and of these, one in eight is asked in lower case
 _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
-    _unknown)))
+    _unknown, _beyond)))
 
 
 def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) -> list[dict]:
@@ -1597,8 +1681,8 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
 
     Each has `messages`, `kind`, `topic`, and for marking `answer` (a string that a right last
     reply contains; for problems the number after `####`), for choices `letters`, for code `tests`
-    and `entry_point`. In val and test no two share their question (identity and small talk: the
-    line of the table, whose variants are one question); where a split has fewer than `limit`, you
+    and `entry_point`. In val and test no two share their question (where lines come from a table:
+    the line, whose variants are one question); where a split has fewer than `limit`, you
     get those it has.
     """
     if kind not in CONVERSATION_KINDS:
@@ -1612,6 +1696,9 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
             return out
         rng = random.Random(start | i)
         conversation = {"kind": kind} | make(world, rng, split)
+        if split == "train" and kind in _IN_HASTE and rng.random() < 0.125:
+            asked = conversation["messages"][-2]
+            asked["content"] = asked["content"].lower().rstrip(".?")
         if split == "train" and kind in _AFTER_TALK and rng.random() < 0.2:
             before = turns(*_topic_turn("small_talk", rng, "train")[1:3])
             conversation["messages"] = before + conversation["messages"]
@@ -1662,8 +1749,8 @@ def _check_content(number: int, content) -> None:
                         f"of parts")
 
 # %% ../nbs/01_corpus.ipynb #transcript
-_TRANSCRIBED = (_identity, _identity, _small_talk, _small_talk, _memory, _unknown, _letters,
-                _choice_aloud)
+_TRANSCRIBED = (_identity, _identity, _small_talk, _small_talk, _memory, _unknown, _beyond,
+                _letters, _choice_aloud)
 
 
 def transcript(world: World, rng: random.Random, split: str) -> str:

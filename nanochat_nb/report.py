@@ -219,7 +219,8 @@ TITLES = {
     "choice_aloud": "multiple choice, answer said first",
     "letters": "spelling and counting letters", "word_problem": "word problems",
     "code": "small programs", "identity": "who it is", "small_talk": "small talk",
-    "memory": "remembering what the user said", "unknown": "saying that it does not know"
+    "memory": "remembering what the user said", "unknown": "saying that it does not know",
+    "beyond": "questions beyond its world"
 } | {name: real.title for name, real in REAL.items()}
 
 

@@ -168,7 +168,8 @@ def run_sft(
         *, run: str = "", conversations: list[str] = [], conversation_epochs: float = 1.0,
         mixture: dict[str, float] = {
             "fact": 1.0, "choice": 1.0, "choice_aloud": 1.0, "letters": 1.0, "word_problem": 1.0,
-            "code": 1.0, "identity": 1.0, "small_talk": 1.0, "memory": 1.0, "unknown": 1.0
+            "code": 1.0, "identity": 1.0, "small_talk": 1.0, "memory": 1.0, "unknown": 1.0,
+            "beyond": 1.0
         }, examples: int = 100, data: str = "", epochs: float = 1.0, steps: int = 20,
         total_batch_tokens: int = 0, micro_batch_rows: int = 32, lr_fraction: float = 0.8,
         warmdown: float = 0.5, eval_every: int = 10, eval_examples: int = 20, save_every: int = 200,

@@ -149,7 +149,7 @@ def judge_program(conversation: dict, completion: str) -> bool:
 
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS
-BY_PHRASE = ("fact", "identity", "small_talk", "memory", "unknown")
+BY_PHRASE = ("fact", "identity", "small_talk", "memory", "unknown", "beyond")
 JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program,
           "word_problem": judge_number, "letters": judge_letters,
           **dict.fromkeys(BY_PHRASE, judge_phrase)}
