@@ -55,31 +55,29 @@ def examine(folder: Path, stage: str, rt) -> dict[str, float]:
 
 
 def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> tuple[dict, float]:
-    """Scores after RL, and how many tokens of fine-tuning would have cost its FLOPs."""
+    """Scores after RL, and the FLOPs that it spent."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
         shutil.copytree(run / "sft", folder / "sft")
-        options = {"tasks": TASKS, "examples": 1000, "prompts_per_step": 16, "samples_per_prompt": 8,
-                   "max_new_tokens": 160, "eval_prompts": 1, "eval_samples": 1} | recipe
-        summary = run_rl(run=str(folder), steps=steps, seed=seed, **options)
-        tokenizer = Tokenizer.load(folder / "tokenizer")
-        asked = [len(tokenizer.render_for_completion(c)) for _, c in
-                 open_questions(TASKS, "train", data="", examples=200, seed=seed)]
-        rollouts = steps * options["prompts_per_step"] * options["samples_per_prompt"]
-        passed = summary["tokens"] + rollouts * statistics.mean(asked)
-        return examine(folder, "rl", rt), passed * (1 + 2 / 6)
+        summary = run_rl(run=str(folder), steps=steps, seed=seed, **{**PRACTICE, **recipe})
+        return examine(folder, "rl", rt), summary["flops"]
 
 
-def fine_tuned(run: Path, tokens: int, seed: int, rt) -> dict:
-    """Scores after more fine-tuning on `tokens` tokens of the two tasks."""
+def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool) -> dict:
+    """Scores after as many FLOPs of more fine-tuning: on `solutions` of new questions of the two tasks, or on the
+    same mixture as before."""
+    model, _, meta = load_model(run, stage="sft", device=rt.device, dtype=rt.dtype)
+    steps = max(1, round(flops / model.flops_per_token() / BATCH))
+    before = meta["recipe"]
+    options = ({"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed} if solutions else
+               {"mixture": before["mixture"], "examples": before["examples"], "seed": before["seed"]})
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
         shutil.copytree(run / "sft", folder / "base")
-        run_sft(run=str(folder), mixture=dict.fromkeys(TASKS, 1.0), examples=tokens // 150, epochs=1.0,
-                steps=max(1, tokens // BATCH), total_batch_tokens=BATCH, lr_fraction=0.1, eval_every=0,
-                eval_examples=5, seed=seed)
+        run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=0.1, eval_every=0,
+                eval_examples=5, **options)
         return examine(folder, "sft", rt)
 
 
