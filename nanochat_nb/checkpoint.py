@@ -95,7 +95,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], meta: di
     finally:
         put_back(path, old, temporary)
 
-
+# %% ../nbs/06_checkpoint.ipynb #put-back
 def put_back(path: Path, old: Path, temporary: Path) -> None:
     """Undo a replacement of `path` that was caught half-way, and remove what is left over."""
     if old.exists() and not path.exists():
@@ -217,7 +217,7 @@ def make_model(config: GPTConfig, state: dict[str, Tensor], device: torch.device
     model.load_state_dict(state)
     return model.to(device).eval()
 
-
+# %% ../nbs/06_checkpoint.ipynb #load-model
 def load_model(run: str | Path, stage: str = "sft", device: torch.device | str | None = None,
                dtype: torch.dtype | str | None = None) -> tuple[GPT, Tokenizer, dict]:
     """The model of a run's stage (base, sft or rl), its tokenizer, and the checkpoint's meta.
@@ -267,7 +267,7 @@ def neutral_weights(config: GPTConfig) -> dict[str, Tensor]:
             "smear_gate.weight": torch.zeros(1, SMEAR_CHANNELS), "smear_lambda": torch.zeros(1),
             "backout_lambda": torch.zeros(1)}
 
-
+# %% ../nbs/06_checkpoint.ipynb #pad-vocabulary
 def pad_vocabulary(state: dict[str, Tensor], rows: int) -> None:
     """Append zero rows to October's embedding and output matrices, whose vocabulary is not padded."""
     for name in ("wte.weight", "lm_head.weight"):
@@ -322,7 +322,7 @@ def read_nanochat(folder: Path, step: int) -> tuple[dict[str, Tensor], dict]:
             f"{paths[1]} is no metadata of nanochat's: it has no model_config") from error
     return {our_name(name): t.float() for name, t in state.items()}, fields
 
-
+# %% ../nbs/06_checkpoint.ipynb #import-nanochat
 def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | Path | None = None,
                     device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
                     ) -> tuple[GPT, Tokenizer | None]:

@@ -199,7 +199,7 @@ SCRATCH_BYTES = 64 << 20                                     # what the program 
 def _bubblewrap_options(program: str) -> str:
     return subprocess.run([program, "--help"], capture_output=True, text=True).stdout
 
-
+# %% ../nbs/07_execution.ipynb #bubblewrap
 def _bubblewrap(as_root: bool) -> list[str]:
     """The command line that puts what follows it into the box."""
     program = shutil.which("bwrap") or ""
@@ -309,7 +309,7 @@ def _collect(process: subprocess.Popen, timeout: float,
     _kill(process)
     return [bytes(kept[1]), bytes(kept[2])], timed_out, cut
 
-
+# %% ../nbs/07_execution.ipynb #kill
 def _kill(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -348,7 +348,7 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
     error = None if ok else _reason(process.returncode, stderr, timed_out, timeout)
     return RunResult(ok, stdout, stderr, error, timed_out, truncated, method)
 
-
+# %% ../nbs/07_execution.ipynb #reason
 def _reason(code: int, stderr: str, timed_out: bool, timeout: float) -> str:
     """One line on why a program failed."""
     if timed_out:
@@ -380,7 +380,7 @@ def _works(method: str, as_root: bool) -> bool:
                      keep=100)
     return trial.ok and trial.stdout == "42\n"
 
-
+# %% ../nbs/07_execution.ipynb #isolation
 def isolation() -> str | None:
     """The box `run_code` uses on this machine: "bubblewrap", "namespaces", or None if there is
     none."""

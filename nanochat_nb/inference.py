@@ -41,7 +41,7 @@ class Snapshot:
     store: Tensor
     embedding: Tensor
 
-
+# %% ../nbs/08_inference.ipynb #prefill
 @torch.inference_mode()
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], *,
             chunk: int = 256) -> tuple[list[Snapshot], Tensor]:
@@ -194,7 +194,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor,
     drawn = torch.searchsorted(passed, target, right=True)[:, 0]
     return torch.where(greedy, logits.argmax(-1), drawn.to(logits.device))
 
-
+# %% ../nbs/08_inference.ipynb #search-device
 def search_device(device: torch.device) -> torch.device:
     """Where float64 can be had: Apple's GPU has none, so there the search is the CPU's work."""
     return torch.device("cpu") if device.type == "mps" else device
@@ -427,7 +427,7 @@ def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperat
     engine.waiting.append(request)
     return request
 
-
+# %% ../nbs/08_inference.ipynb #check-request
 def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
                    temperature: float, top_k: int, top_p: float) -> None:
     size = engine.source.config.vocab_size
@@ -466,7 +466,7 @@ def _admit(engine: Engine) -> None:
     wanted = {r.prompt for r in engine.waiting} if engine.waiting else ()
     engine.prefixes = {p: kept for p, kept in engine.prefixes.items() if p in wanted}
 
-
+# %% ../nbs/08_inference.ipynb #first-tokens
 def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     logits = torch.stack([engine.prefixes[r.prompt][1] for r in entering])
     for request, token in zip(entering, _choose(entering, logits, _dials(entering, logits.device))):
@@ -495,7 +495,7 @@ def _choose(requests: list[Request], logits: Tensor,
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, *dials).tolist()
 
-
+# %% ../nbs/08_inference.ipynb #decode
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
@@ -512,7 +512,7 @@ def _decode(engine: Engine) -> None:
     for i in reversed(gone):
         _leave(engine, i)
 
-
+# %% ../nbs/08_inference.ipynb #take
 def _take(engine: Engine, request: Request, token: int) -> str | None:
     call = request.take(token, engine.stops)
     event = engine._events.setdefault(request.number, Event(request.number, []))
@@ -544,7 +544,7 @@ def _start_tool(engine: Engine, request: Request, call: str | None,
         return True
     return False
 
-
+# %% ../nbs/08_inference.ipynb #resume-parked
 def _resume_parked(engine: Engine) -> None:
     """Let rows back in whose program has ended; wait for one if there is nothing else to do."""
     if engine.parked and not engine.rows and not engine.waiting:
@@ -567,7 +567,7 @@ def _cancel(engine: Engine, number: int) -> None:
             if request in engine.rows:
                 _leave(engine, engine.rows.index(request))
 
-
+# %% ../nbs/08_inference.ipynb #generate
 def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int,
               num_samples: int, seed: int | Sequence[int], dials: dict) -> list[list[Completion]]:
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -651,7 +651,7 @@ class TextStream:
             return piece
         return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
 
-
+# %% ../nbs/08_inference.ipynb #completion-parts
 def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
     """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
     "text": str}, …]`."""
@@ -677,7 +677,7 @@ def run_folder(run: str) -> Path:
         return Path(run)
     return Path(nanochat_nb.__file__).resolve().parent.parent / "runs" / run
 
-
+# %% ../nbs/08_inference.ipynb #find-best-stage
 def best_stage(run: str | Path) -> str:
     """The most trained stage of a run that has finished. Raises UserError when there is none."""
     from nanochat_nb.checkpoint import latest_checkpoint
