@@ -139,7 +139,7 @@ def _check_value(stage: str, name: str, value):
         why = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise UserError(f"{stage}.{name} = {value!r} is wrong: it should be {why}") from error
 
-
+# %% ../nbs/15_launch.ipynb #check-overrides
 def check_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
     """`overrides` with every value in its parameter's type. Raises UserError for a stage, a parameter or a
     type that is wrong."""
@@ -197,7 +197,7 @@ def check_files(overrides: dict[str, dict]) -> None:
         for _ in read_conversations(path):
             pass
 
-
+# %% ../nbs/15_launch.ipynb #check-sizes
 def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     """Raise UserError for sizes that cannot be trained: a batch that does not divide over the ranks, ratio 0, …"""
     from nanochat_nb.model import GPTConfig
@@ -225,7 +225,7 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     if sft["lr_fraction"] <= 0:
         raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
 
-
+# %% ../nbs/15_launch.ipynb #check-names
 def check_names(overrides: dict[str, dict]) -> None:
     """Raise UserError for a task that no stage knows, for a data folder that is not there, and for a public data
     set to train on that `data` cannot provide."""
@@ -246,7 +246,7 @@ def check_names(overrides: dict[str, dict]) -> None:
         for task in (task for task, weight in weights.items() if weight and task in REAL):
             check_source(stage, task, values["data"])
 
-
+# %% ../nbs/15_launch.ipynb #check-source
 def check_source(stage: str, task: str, data: str) -> None:
     """Raise UserError when `data` cannot provide the public data set `task`. Downloads nothing."""
     from nanochat_nb.corpus import HUB_ROWS
@@ -290,7 +290,7 @@ def _with_contents(value):
         return [_with_contents(v) for v in value]
     return [Path(value).name, content_hash(value)] if _is_path(value) else value
 
-
+# %% ../nbs/15_launch.ipynb #deciding
 def deciding(stage: str, parameters: dict) -> dict:
     """`parameters` without those that change no result of `stage`: what divides the work, watches or saves.
 
@@ -324,7 +324,7 @@ def product_files(run: Path, step: Step) -> list[Path]:
                  for p in sorted(folder.iterdir())] + [run / step.stage / "summary.json"]
     return [p.relative_to(run) for p in found]
 
-
+# %% ../nbs/15_launch.ipynb #marker-path
 def marker_path(run: Path, step: Step) -> Path:
     """Where a step's marker lies."""
     return run / "markers" / f"{step.name}.json"
@@ -406,7 +406,7 @@ def set_aside(run: Path, step: Step) -> str:
         os.replace(path, target)
     return f"earlier/{step.name}-{number}"
 
-
+# %% ../nbs/15_launch.ipynb #begin
 def begin(run: Path, step: Step, key: str) -> None:
     """Write down that work on `key` has begun; set aside what belongs to another key, and say so."""
     if read_marker(run, step).get("key") != key:
@@ -442,7 +442,7 @@ def read_notebook(path: str | Path) -> dict:
     """A notebook as plain JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
-
+# %% ../nbs/15_launch.ipynb #prune
 def prune(notebook: dict, name: str = "the notebook") -> dict:
     """`notebook` with its prose and only the code that trains. Raises UserError unless it has exactly one cell tagged
     `parameters` and at least one tagged `run`."""
@@ -473,7 +473,7 @@ def exported_cells(notebook: dict) -> dict[str, str]:
                                                         if not line.startswith("#|")))
     return cells
 
-
+# %% ../nbs/15_launch.ipynb #stale-exports
 def stale_exports(nbs: Path | None = None, library: Path | None = None) -> list[str]:
     """The notebooks whose exported cells differ from their module."""
     stale = []
@@ -553,7 +553,7 @@ def keep_earlier(path: Path) -> None:
     if path.exists():
         os.replace(path, path.with_name(f"{path.stem}.attempt{number}.ipynb"))
 
-
+# %% ../nbs/15_launch.ipynb #run-notebook
 def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> None:
     """Run a stage notebook headless in a kernel of its own; `output` is its log, saved whole after each cell and
     every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of the error that a
@@ -647,7 +647,7 @@ def only_one(run: Path) -> Iterator[None]:
             ) from None
         yield
 
-
+# %% ../nbs/15_launch.ipynb #run-path
 def run_path(name: str) -> Path:
     """`runs/NAME` of this project, or the folder itself when `name` has a slash."""
     if "/" in name:
@@ -731,7 +731,7 @@ def _settle(cell) -> None:
             kept.append(output)
     cell.outputs = kept
 
-
+# %% ../nbs/15_launch.ipynb #execute-lessons
 def execute_lessons(path: str | Path, *, save: bool = True):
     """Run every code cell of a notebook but those tagged `exercise`, and return it with settled outputs; `save` writes
     them into the file. Raises nbclient's CellExecutionError, which holds the traceback."""
@@ -833,7 +833,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="stop after this step")
     return parser
 
-
+# %% ../nbs/15_launch.ipynb #existing
 def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
     """`items` with paths made absolute. Raises UserError for one that looks like a path and is not there."""
     found = []
@@ -879,7 +879,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.until == "report":
         show_report(run)
 
-
+# %% ../nbs/15_launch.ipynb #command-line
 def command_line() -> int:
     """`main` with its errors turned into an exit status: 1 and one line for what the user can mend, 130 for Ctrl-C."""
     try:

@@ -118,10 +118,10 @@ class EngineWorker:
         """Free the request's row, if it still has one. Harmless afterwards."""
         self._inbox.put(("cancel", ticket))
 
-    def close(self) -> None:
-        """Let the thread end after the step it is in."""
+    def close(self, *, wait: float = 10) -> None:
+        """Let the thread end after the step it is in; wait for that at most `wait` seconds."""
         self._inbox.put(("close", None))
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=wait)
 
     def _finish(self, ticket: Ticket, ids: list[int], reason: str) -> None:
         self.active.pop(ticket.request, None)
@@ -278,7 +278,7 @@ class Sampling(BaseModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-
+# %% ../nbs/16_server.ipynb #chatrequest
 class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
     messages: list[Message] = Field(min_length=1)
@@ -430,10 +430,11 @@ class ModelPool:
                 return self.workers[name]
 
     def _keep(self, most: int) -> None:
-        """Let idle models leave until at most `most` are left. The caller holds the lock."""
+        """Let idle models leave until at most `most` are left. The caller holds the lock, so nobody
+        waits for their threads to end."""
         for name, worker in list(self.workers.items()):
             if len(self.workers) > most and not self._users[name] and not worker.waiting:
-                self.workers.pop(name).close()
+                self.workers.pop(name).close(wait=0)
 
     def close(self) -> None:
         """End every thread."""
@@ -451,7 +452,7 @@ class Job:
     dropped_turns: int = 0
     completion_tokens: int = 0
 
-
+# %% ../nbs/16_server.ipynb #run-job
 async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], str | None]]:
     """Yield `(choice, pieces, finish_reason or None)` until every choice has finished; frees all
     rows at the end."""
@@ -592,7 +593,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
     options = sampling_options(body, wanted, context - len(ids)) | {"tools": True}
     return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped)
 
-
+# %% ../nbs/16_server.ipynb #completion-job
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
     """A plain completion made ready for the engine: the text goes on after <|bos|>, without
     tools."""
@@ -613,7 +614,7 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
     options = sampling_options(body, wanted, context - longest) | {"tools": False}
     return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops())
 
-
+# %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
     """The engine's keyword arguments. Without a seed each request draws a fresh one."""
     return {"max_new_tokens": min(wanted, room), "top_k": body.top_k, "top_p": body.top_p,
@@ -660,7 +661,7 @@ def model_loaders(source, name: str, device: str | None, dtype) -> dict[str, Cal
         return {model: loader(*where) for model, where in find_models(source).items()}
     return dict(source) if isinstance(source, Mapping) else {name: lambda: source}
 
-# %% ../nbs/16_server.ipynb #add-routes
+# %% ../nbs/16_server.ipynb #eventstream
 class EventStream(StreamingResponse):
     """Server-sent events; `held` is closed when the client has them all, or has gone."""
 
@@ -673,7 +674,7 @@ class EventStream(StreamingResponse):
         with self.held:
             await super().__call__(scope, receive, send)
 
-
+# %% ../nbs/16_server.ipynb #add-routes
 def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> None:
     """Connect the API's paths to the functions above."""
 
@@ -742,7 +743,7 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); "
                             "choose another --port") from error
 
-
+# %% ../nbs/16_server.ipynb #serve
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
           device: str | None = None) -> None:
     """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
@@ -761,7 +762,7 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
           flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
-
+# %% ../nbs/16_server.ipynb #main
 def main(argv: list[str] | None = None) -> None:
     """`python -m nanochat_nb.server --run runs/laptop --port 8000`"""
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.server", description=main.__doc__)

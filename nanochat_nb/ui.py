@@ -9,6 +9,7 @@ import argparse
 import html
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -64,7 +65,7 @@ def delta_parts(delta: dict) -> list[dict[str, str]]:
         return delta["nanochat"]["parts"]
     return [{"type": "text", "text": delta["content"]}] if delta.get("content") else []
 
-
+# %% ../nbs/17_ui.ipynb #ask
 def ask(messages: list[dict], *, model: str = "", server: str | None = None,
         stopped: threading.Event | None = None,
         **sampling) -> Iterator[dict]:
@@ -148,24 +149,40 @@ class ChatWidget(anywidget.AnyWidget):
             for event in in_bundles(events):
                 self.send(event | {"id": message["id"]})
         finally:
-            del self._stops[message["id"]]
+            self._stops.pop(message["id"]).set()               # nobody listens any more
 
 # %% ../nbs/17_ui.ipynb #in-bundles
 def in_bundles(events: Iterator[dict], *, seconds: float = 0.03) -> Iterator[dict]:
-    """The same events, with deltas that come within `seconds` of each other joined into one."""
-    parts, since = [], time.monotonic()
-    for event in events:
-        if event["type"] == "delta":
-            parts += event["parts"]
-            if time.monotonic() - since < seconds:
+    """The same events, with deltas that come within `seconds` of each other joined into one. None
+    is kept longer than that, even when nothing follows."""
+    arrived: queue.SimpleQueue = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            for event in events:
+                arrived.put(event)
+        finally:
+            arrived.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    parts, due, event = [], 0.0, {}
+    while event is not None:
+        try:
+            event = arrived.get(timeout=max(0, due - time.monotonic()) if parts else None)
+        except queue.Empty:
+            event = {}                                         # the time is up
+        if event and event["type"] == "delta":
+            due = due if parts else time.monotonic() + seconds
+            parts = parts + event["parts"]
+            if time.monotonic() < due:
                 continue
         if parts:
             yield {"type": "delta", "parts": parts}
-            parts, since = [], time.monotonic()
-        if event["type"] != "delta":
+            parts = []
+        if event and event["type"] != "delta":
             yield event
 
-# %% ../nbs/17_ui.ipynb #preview-page
+# %% ../nbs/17_ui.ipynb #preview
 PREVIEW = """<!doctype html><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>nanochat</title><style>%(css)s</style><body><div id="chat"></div><script type="module">
@@ -192,7 +209,7 @@ const model = {
 widget.render({ model, el: document.getElementById("chat") });
 </script>"""
 
-
+# %% ../nbs/17_ui.ipynb #preview-page
 def preview_page(replies: Sequence[list[dict[str, str]]]) -> str:
     """One self-contained HTML page with the chat widget; its model answers with `replies` in
     turn."""
@@ -231,7 +248,7 @@ def voila_command(port: int) -> list[str]:
             *(f"--VoilaConfiguration.extension_allowlist={name}" for name in LAB_EXTENSIONS),
             "--VoilaConfiguration.show_tracebacks=False", "--Voila.log_level=ERROR"]
 
-
+# %% ../nbs/17_ui.ipynb #wait-for
 def wait_for(address: str, process: subprocess.Popen, log: Path, *, seconds: float) -> None:
     """Return once `address` answers. Raises RuntimeError with the log's end when the process dies
     or takes too long."""
@@ -247,7 +264,7 @@ def wait_for(address: str, process: subprocess.Popen, log: Path, *, seconds: flo
              if line.strip()]
     raise RuntimeError("\n".join(lines[-5:]) or f"no answer from {address} within {seconds:.0f} s")
 
-# %% ../nbs/17_ui.ipynb #launch
+# %% ../nbs/17_ui.ipynb #check-ports
 def check_ports(port: int) -> None:
     """Raise RuntimeError unless the page can listen on `port`, and the model on the next one.
 
@@ -264,7 +281,7 @@ def check_ports(port: int) -> None:
                 raise RuntimeError(f"cannot listen on 127.0.0.1:{one} ({error.strerror}); "
                                    "choose another --port") from error
 
-
+# %% ../nbs/17_ui.ipynb #launch
 def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
     """Start the page on `port` and the model server on the next one, print the address, stop both
     when interrupted."""
@@ -318,7 +335,7 @@ def stop_all(processes: Sequence[subprocess.Popen], *, seconds: float = 8) -> No
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-
+# %% ../nbs/17_ui.ipynb #main
 def main(argv: list[str] | None = None) -> None:
     """`python -m nanochat_nb.ui --run runs/laptop`: the model server and the chat page, until
     Ctrl-C."""
