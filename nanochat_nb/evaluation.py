@@ -124,7 +124,7 @@ def document_rows(tokenizer: Tokenizer, texts: Sequence[str], sequence_len: int)
     return [[bos] + ids[i:i + sequence_len] for ids in tokenizer.encode_batch(texts)
             for i in range(0, len(ids), sequence_len)]
 
-
+# %% ../nbs/10_evaluation.ipynb #padded
 def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """Rows of different lengths as one (B, T) tensor of int64, filled up on the right."""
     out = torch.full((len(rows), max(map(len, rows))), fill)
@@ -132,7 +132,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
         row[:len(ids)] = torch.tensor(ids)
     return out
 
-
+# %% ../nbs/10_evaluation.ipynb #by-length
 def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices grouped so that a group, padded to its longest, holds at most `batch_tokens` tokens (or one row)."""
     groups: list[list[int]] = []
@@ -196,7 +196,7 @@ class CoreTask:
 
 CORE_SIZE = 22                 # a CORE score is the mean over this many tasks, no fewer
 
-
+# %% ../nbs/10_evaluation.ipynb #read-core
 def read_core(folder: str | Path) -> tuple[list[CoreTask], dict[str, float]]:
     """The tasks and the random baselines (in percent) of a CORE folder."""
     folder = Path(folder)
@@ -263,7 +263,7 @@ def core_rows(path: Path, max_per_task: int | None) -> list[dict]:
     random.Random(1337).shuffle(rows)
     return rows[:max_per_task] if max_per_task else rows
 
-
+# %% ../nbs/10_evaluation.ipynb #few-shot
 def few_shot(rows: Sequence[dict], i: int, shots: int) -> list[dict]:
     """The solved examples shown before row `i`: drawn by 1234 + i from all rows but `i`."""
     if shots > len(rows) - 1:
@@ -364,7 +364,7 @@ def score_plain(model: GPT, options: Sequence[tuple[list[int], int]]) -> list[tu
     hidden = model.hidden(padded(rows, rows[0][0]).to(model.device))
     return span_scores(model, hidden, rows, starts)
 
-
+# %% ../nbs/10_evaluation.ipynb #score-shared
 @torch.no_grad()
 def score_shared(model: GPT, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
     """Mean loss and greediness of every option, the questions' beginnings read once and continued by their options."""
@@ -450,7 +450,7 @@ def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
     losses = [loss for loss, _ in scores]
     return losses.index(min(losses)) == question.gold
 
-
+# %% ../nbs/10_evaluation.ipynb #evaluate-core-task
 def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: Sequence[dict], *,
                        batch_tokens: int = 8192,
                        rt: Runtime | None = None) -> tuple[list[bool], int]:
@@ -543,7 +543,7 @@ def write_answers(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]]
             tokens += len(prompts[i]) + len(samples[0].ids)
     return texts, tokens
 
-
+# %% ../nbs/10_evaluation.ipynb #answer-text
 def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Generated ids as text: the stop token dropped, tool calls left readable."""
     stops = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
@@ -598,7 +598,7 @@ def transcript(conversation: dict) -> str:
         return text_of(turns[0]["content"])
     return "\n".join(f"{m['role']}: {text_of(m['content'])}" for m in turns)
 
-
+# %% ../nbs/10_evaluation.ipynb #by-topic
 def by_topic(records: Sequence[dict]) -> dict[str, dict]:
     """Accuracy and number of the records of each topic, when there is more than one."""
     groups: dict[str, list[bool]] = {}
@@ -607,14 +607,14 @@ def by_topic(records: Sequence[dict]) -> dict[str, dict]:
     return {t: {"accuracy": sum(g) / len(g), "n": len(g)}
             for t, g in groups.items()} if len(groups) > 1 else {}
 
-
+# %% ../nbs/10_evaluation.ipynb #ngram-score
 def ngram_score(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict],
                 max_new_tokens: int) -> float:
     """The accuracy of the n-gram model on `rows`."""
     answers = ngram_answers(lm, tokenizer, task, rows, max_new_tokens)
     return sum(task.evaluate(row, answer) for row, answer in zip(rows, answers)) / len(rows)
 
-
+# %% ../nbs/10_evaluation.ipynb #evaluate-task
 def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_tokens: int = 256,
                   batch_rows: int = 32, batch_tokens: int = 8192, ngram: NGram | None = None,
                   rt: Runtime | None = None) -> dict:
@@ -683,7 +683,7 @@ def open_checkpoint(folder: Path, checkpoint: str, scratch: bool,
         print("No run was given: this examines an UNTRAINED model of one layer, and its scores mean nothing.", flush=True)
     return model, tokenizer, {"step": 0}
 
-
+# %% ../nbs/10_evaluation.ipynb #summary-of
 def summary_of(folder: Path, stage: str) -> dict:
     """A stage's summary, or {} when it has none."""
     path = folder / stage / "summary.json"
@@ -698,7 +698,7 @@ def open_texts(folder: Path, text: Sequence[str], seed: int):
         list(text) or trained.get("text") or ["world"], documents=trained.get("documents") or 2000,
         seed=trained.get("seed", seed))
 
-
+# %% ../nbs/10_evaluation.ipynb #held-out
 def held_out(source, limit: int) -> dict[str, list[str]]:
     """About `limit` validation texts per kind of text, spread evenly over what the source yields first."""
     documents = list(source.documents("val", limit=20 * limit))
@@ -719,7 +719,7 @@ def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], 
     overall = {"document_bpb": bits / size} if size else {}
     return overall | (metrics if len(metrics) <= 12 else {}), tokens
 
-
+# %% ../nbs/10_evaluation.ipynb #continuations
 def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
                   max_new_tokens: int) -> list[dict]:
     """The model's greedy continuation of the first words of the first held-out text of each kind (up to eight)."""
@@ -833,7 +833,7 @@ def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequenc
         "samples": samples, "skipped": {}, "tokens": tokens
     }
 
-
+# %% ../nbs/10_evaluation.ipynb #score-metrics
 def score_metrics(tasks: dict[str, dict]) -> dict[str, float]:
     """The tasks' scores as flat metrics: NAME and NAME/stderr."""
     out = {}
@@ -887,7 +887,7 @@ def check_request(checkpoint: str, data: str, held_out_documents: int) -> None:
     if held_out_documents < 1:
         raise UserError(f"held_out_documents must be at least 1, not {held_out_documents}")
 
-
+# %% ../nbs/10_evaluation.ipynb #stopwatch
 class Stopwatch:
     """Seconds since it was made."""
 
@@ -899,7 +899,7 @@ class Stopwatch:
     def seconds(self) -> float:
         return self.now() - self.start
 
-
+# %% ../nbs/10_evaluation.ipynb #finish-eval
 def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
     """Write the result, print the scores and, loudly, what was skipped."""
     if rt.is_main:

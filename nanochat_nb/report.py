@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); run that stage again") from error
 
-
+# %% ../nbs/14_report.ipynb #stage-entry
 def stage_entry(folder: Path, stage: str) -> dict:
     """A stage's numbers: those of its summary, and of the evaluation of its checkpoint."""
     summary, evaluation = read_json(folder / stage / "summary.json"), read_json(folder / "eval" / f"{stage}.json")
@@ -93,7 +93,7 @@ def cpu_model() -> str:
         pass
     return platform.processor() or platform.machine()
 
-
+# %% ../nbs/14_report.ipynb #git-sha
 def git_sha() -> str:
     """The commit of the code, with "+" when files were changed since; "" outside a repository."""
     here = ["git", "-C", str(Path(nanochat_nb.__file__).resolve().parent)]
@@ -119,7 +119,7 @@ def environment(folder: Path) -> dict:
             "torch": torch.__version__, "system": platform.system(), "git": git_sha(), "preset": preset_name(folder),
             "date": datetime.date.today().isoformat()}
 
-
+# %% ../nbs/14_report.ipynb #preset-name
 def preset_name(folder: Path) -> str:
     """The preset a run was launched with: the first comment of its preset.yaml, else the run's name; "" without one."""
     path = folder / "preset.yaml"
@@ -178,7 +178,7 @@ def other_runs(folder: Path) -> dict[str, dict]:
                 found[path.parent.name] = report
     return found
 
-
+# %% ../nbs/14_report.ipynb #headline
 def headline(report: dict) -> dict[str, float]:
     """The few numbers a run is known by: text, CORE, the tasks of its last stage, time."""
     stages = report["stages"]
@@ -200,13 +200,13 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value == int(value) else f"{value:.3g}" if abs(
         value) >= 10 else f"{value:.3f}"
 
-
+# %% ../nbs/14_report.ipynb #duration
 def duration(seconds: float) -> str:
     """Seconds as 12 s, 3 min 20 s or 2 h 05 min."""
     s = round(seconds)
     return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
 
-
+# %% ../nbs/14_report.ipynb #table
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
@@ -228,18 +228,18 @@ def title(name: str) -> str:
     """A task's name for reading; what is no task keeps its name."""
     return TITLES.get(name, name)
 
-
+# %% ../nbs/14_report.ipynb #as-percent
 def percent(value: float | None) -> str:
     """A share as a percentage, "–" for none."""
     return "–" if value is None else f"{100 * value:.1f}"
 
-
+# %% ../nbs/14_report.ipynb #task-names
 def task_names(report: dict, stages: Sequence[str] = ("sft", "rl")) -> list[str]:
     """All chat tasks that any of `stages` was scored on, in the order of `TITLES`."""
     found = {name for stage in stages for name in report["tasks"].get(stage, {})}
     return [name for name in TITLES if name in found]
 
-
+# %% ../nbs/14_report.ipynb #task-rows
 def task_rows(report: dict) -> list[list[str]]:
     """Per chat task: sft and rl with standard errors, and the baselines, in percent."""
     rows = []
@@ -250,7 +250,7 @@ def task_rows(report: dict) -> list[list[str]]:
         rows.append([title(name), *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
     return rows
 
-
+# %% ../nbs/14_report.ipynb #baseline-note
 def baseline_note(report: dict) -> str:
     """What the baselines of the chat tasks are."""
     tasks = [r for stage in ("sft", "rl") for r in report["tasks"].get(stage, {}).values()]
@@ -294,7 +294,7 @@ def core_table(report: dict) -> list[list[str]]:
                      *(percent(GPT2[g].get(name)) for g in ("GPT-2 124M", "GPT-2 1.6B"))])
     return rows
 
-
+# %% ../nbs/14_report.ipynb #text-line
 def text_line(metrics: dict) -> str:
     """The base model's bits per byte on held-out text: in rows as it was trained, and each document by itself."""
     alone = f", {number(metrics['document_bpb'])} when every document is read alone" if "document_bpb" in metrics else ""
@@ -339,7 +339,7 @@ def tokenizers(report: dict) -> list[str]:
     names = dict.fromkeys(n for row in report["compression"].values() for n in row)
     return sorted(names, key=lambda n: (n != "ours", n))
 
-
+# %% ../nbs/14_report.ipynb #readable
 TOOL_CALL = re.compile(
     r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?",
     re.DOTALL)
@@ -359,7 +359,7 @@ def compression_part(report: dict) -> list[str]:
             for kind, row in report["compression"].items()]
     return ["## Compression, bytes per token", table(["text", *names], rows)]
 
-
+# %% ../nbs/14_report.ipynb #sample-parts
 def sample_parts(report: dict, most: int = 8) -> list[str]:
     """The first conversation of each task of the last stage: chosen by that rule, whatever was said."""
     stage = next((s for s in ("rl", "sft", "base") if report["samples"].get(s)), None)
@@ -398,7 +398,7 @@ def headline_errors(report: dict) -> dict[str, float]:
         out["core"] = out["core_partial"] = math.hypot(*errors) / len(stages["base"])
     return out
 
-
+# %% ../nbs/14_report.ipynb #clear-winner
 def clear_winner(values: Sequence[float | None], errors: Sequence[float],
                  small_is_good: bool) -> int | None:
     """Which value is better than each other one by more than two standard errors of the difference; None if none is."""
@@ -409,7 +409,7 @@ def clear_winner(values: Sequence[float | None], errors: Sequence[float],
                 for i in there if i != best)
     return best if ahead and len(there) > 1 else None
 
-
+# %% ../nbs/14_report.ipynb #compare-runs
 def compare_reports(reports: dict[str, dict]) -> str:
     """A Markdown table of the runs' headline numbers; a number that is clearly the best of its row gets a `*`."""
     heads = {name: headline(report) for name, report in reports.items()}
@@ -425,7 +425,7 @@ def compare_reports(reports: dict[str, dict]) -> str:
         rows.append([title(key), *(w + "*" * (i == best) for i, w in enumerate(words))])
     return table(["", *heads], rows)
 
-
+# %% ../nbs/14_report.ipynb #compare-folders
 def compare(folders: Sequence[str | Path]) -> str:
     """`compare_reports` of the runs in `folders`. Raises UserError for a folder without a report.json."""
     reports = {}
@@ -475,7 +475,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[f
     groups = [points[i:i + size] for i in range(0, len(points), size)]
     return [tuple(sum(v) / len(g) for v in zip(*g)) for g in groups]
 
-
+# %% ../nbs/14_report.ipynb #line-chart
 def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, x: str = "step",
                zero: bool = False) -> str:
     """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title; "" without points."""
@@ -497,7 +497,7 @@ def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, 
     return tag("figure", tag("figcaption", html.escape(title)), drawing,
                legend((f"b{i % 6}", name) for i, name in enumerate(curves)))
 
-
+# %% ../nbs/14_report.ipynb #svg-line
 def svg_line(y: float) -> str:
     """A horizontal grid line."""
     return f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -524,7 +524,7 @@ def mark(kind: str, value: float | None) -> str:
     left = 100 * min(1, max(0, value))
     return tag("i", cls=kind, style=f"left:{left:.1f}%", title=f"{kind} {percent(value)}%")
 
-
+# %% ../nbs/14_report.ipynb #bar
 def bar(label: str, colour: int, score: dict) -> str:
     """One bar: label, track with score, error and marks, and the number in words."""
     a, se = score["accuracy"], score.get("stderr") or 0.0
@@ -547,7 +547,7 @@ def last_score(report: dict, name: str) -> dict | None:
     tasks = report.get("tasks", {})
     return next((tasks[s][name] for s in ("rl", "sft") if name in tasks.get(s, {})), None)
 
-
+# %% ../nbs/14_report.ipynb #one-task
 def one_task(report: dict, others: dict[str, dict], name: str) -> str:
     """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
     tasks = report["tasks"]
@@ -560,7 +560,7 @@ def one_task(report: dict, others: dict[str, dict], name: str) -> str:
     bars += [bar(label, 4, {"accuracy": v[name]}) for label, v in NANOCHAT.items() if name in v]
     return tag("div", tag("h3", html.escape(title(name))), *bars, cls="task")
 
-
+# %% ../nbs/14_report.ipynb #task-bars
 def task_bars(report: dict, others: dict[str, dict]) -> str:
     """Bars of every chat task, under one legend of what they show."""
     names = task_names(report)
@@ -594,7 +594,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = tag("tbody", *(line(row, "td") for row in rows))
     return tag("div", tag("table", tag("thead", line(header, "th")), body), cls="scroll")
 
-
+# %% ../nbs/14_report.ipynb #bubble
 def bubble(sample: dict) -> str:
     """One question and its answer."""
     verdict = "" if "correct" not in sample else " ✓" if sample["correct"] else " ✗"
@@ -603,7 +603,7 @@ def bubble(sample: dict) -> str:
                tag("p", html.escape(sample["prompt"][:600]), cls="user"),
                tag("p", answer, cls="model"), cls="chat")
 
-
+# %% ../nbs/14_report.ipynb #conversations-html
 def conversations_html(report: dict) -> str:
     """The first conversation of each task, as each stage answered it; the last stage unfolded."""
     out = [tag("p", "The first question of each task, chosen by that rule and not by taste.", cls="soft")]
@@ -620,7 +620,7 @@ def energy(kwh: float) -> str:
     """Energy in words."""
     return f"{kwh:.1f} kWh" if kwh >= 1 else f"{1000 * kwh:.2g} Wh"
 
-
+# %% ../nbs/14_report.ipynb #cards
 def cards(report: dict) -> str:
     """The headline numbers, large."""
     head, stages, spent = headline(report), report["stages"].values(), report["cost"]
@@ -653,7 +653,7 @@ def core_section(report: dict) -> str:
     below = html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows)
     return words + tag("div", tag("h3", "CORE, in hundredths"), *bars, cls="task") + below
 
-
+# %% ../nbs/14_report.ipynb #compression-section
 def compression_section(report: dict) -> str:
     """Bytes per token and bits per byte for each kind of text."""
     metrics, names, table = report["stages"]["base"]["metrics"], tokenizers(
@@ -670,7 +670,7 @@ def topics_html(report: dict) -> str:
     return tag("details", tag("summary", "by topic"),
                html_table(["topic", "sft %", "rl %", "n"], rows)) if rows else ""
 
-
+# %% ../nbs/14_report.ipynb #stage-rows
 def stage_rows(report: dict) -> list[list[str]]:
     """Per stage: time, tokens, FLOPs and peak memory."""
     return [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]), number(x["flops"]),
@@ -698,7 +698,7 @@ def leaderboard(report: dict, others: dict[str, dict]) -> str:
     return html_table(["run", *map(title, keys)], rows) if others else tag(
         "p", "There are none yet.")
 
-
+# %% ../nbs/14_report.ipynb #sources-html
 def sources() -> str:
     """Where the published figures come from."""
     links = (tag("p", f"{name}: ", tag("a", url, href=url)) for name, url in SOURCES.items())
@@ -747,7 +747,7 @@ def miniature(folder: Path) -> None:
         run_eval(run=str(folder), checkpoint=checkpoint, max_per_task=4, held_out_documents=16,
                  ngram_tokens=10_000, max_new_tokens=48)
 
-
+# %% ../nbs/14_report.ipynb #run-report
 def run_report(*, run: str = "") -> dict:
     """Write report.md, report.json and report.html of `run`; returns what report.json holds.
 
