@@ -41,8 +41,8 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
            'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
            'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'turns', 'message_text', 'talk', 'fillers', 'lines_of', 'conversations', 'check_conversation', 'transcript',
-           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
+           'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation',
+           'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
            'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
            'TextSource', 'open_text', 'load_hf_rows']
 
@@ -1473,16 +1473,41 @@ def fillers() -> dict[str, tuple[str, ...]]:
     lists = tomllib.loads(_static("beyond.toml"))["fillers"]
     return {slot: tuple(text.strip().split("\n")) for slot, text in lists.items()}
 
+# %% ../nbs/01_corpus.ipynb #plain-line
+_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
+          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
+          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
+_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
+
+
+@lru_cache(maxsize=None)
+def ways(line: str) -> frozenset[str]:
+    """Everything that a line with [a|b] can say, without what spelling adds: case, marks, and whether
+    it is *you* or *u*."""
+    parts = [part.split("|") for part in re.split(r"[\[\]]", line)]
+    said = ("".join(chosen).lower() for chosen in itertools.product(*parts))
+    short = (_SHORTENED.sub(lambda m: _SHORT[m[0]], text).replace("'", "") for text in said)
+    return frozenset(" ".join(re.findall(r"[a-z0-9{}]+", text)) for text in short)
+
 # %% ../nbs/01_corpus.ipynb #topic-turn
 _OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
 
 
 @lru_cache(maxsize=None)
 def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
-    """The lines of a topic that `split` may ask. The first, the most usual, is for training."""
+    """The lines of a topic that `split` may ask. The first, the most usual, is for training; a line
+    that is only another spelling of a training line is for no exam."""
     first, *others = talk()[table][topic]["asks"]
     mine = [line for line in others if split_of("wording", line) == split]
-    return (first, *mine) if split == "train" else tuple(mine)
+    if split == "train":
+        return first, *mine
+    return tuple(line for line in mine if not ways(line) & _trained(table))
+
+
+@lru_cache(maxsize=None)
+def _trained(table: str) -> frozenset[str]:
+    return frozenset(way for topic in talk()[table] for line in lines_of(table, topic, "train")
+                     for way in ways(line))
 
 
 def _topic_turn(table: str, rng: random.Random, split: str, *,
@@ -1506,12 +1531,6 @@ def _filled(line: str, rng: random.Random, split: str) -> str:
     return say(line, rng, names)
 
 # %% ../nbs/01_corpus.ipynb #as-typed
-_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
-          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
-          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
-_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
-
-
 def _as_typed(asked: str, more: str, rng: random.Random) -> str:
     """Half of the time another form of `asked`: in lower case without its last mark, also with
     short forms; with a word left out; or with `more` behind it."""
