@@ -140,7 +140,7 @@ OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
 def cost(environment: dict, seconds: float) -> dict:
     """Hours, energy in kWh and rent in US dollars of `seconds` on this machine, and the rates assumed."""
     if environment["gpus"]:
-        name = next((key for key in GPU_RATES if key in environment["gpus"][0]), None)
+        name = next((k for k in GPU_RATES if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
         count, (watts, dollars), unit = len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU), name or "GPU"
     else:
         count, (watts, dollars), unit = environment["cores"], CPU_CORE, "CPU core"
@@ -195,9 +195,9 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:              # what rounds to 1,000 of a unit is 1 of the next
             return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
-    return f"{value:.0f}" if value == int(value) else f"{value:.3g}" if abs(
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 999.5 else f"{value:.3g}" if abs(
         value) >= 10 else f"{value:.3f}"
 
 # %% ../nbs/14_report.ipynb #duration
@@ -360,7 +360,7 @@ def compression_part(report: dict) -> list[str]:
     return ["## Compression, bytes per token", table(["text", *names], rows)]
 
 # %% ../nbs/14_report.ipynb #sample-parts
-def sample_parts(report: dict, most: int = 8) -> list[str]:
+def sample_parts(report: dict, most: int = 12) -> list[str]:
     """The first conversation of each task of the last stage: chosen by that rule, whatever was said."""
     stage = next((s for s in ("rl", "sft", "base") if report["samples"].get(s)), None)
     if not stage:
