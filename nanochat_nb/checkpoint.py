@@ -126,7 +126,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
                     optimizer: MuonAdamW | None = None, meta: dict | None = None,
                     rt: Runtime | None = None, keep: int = 2) -> Path:
-    """Save `folder`/step_00000100 atomically, then drop all but the newest `keep`.
+    """Save `folder`/step_00000100 atomically, then drop all but the newest `keep` up to it.
 
     Every rank must call it; rank 0 writes. To `meta` (anything JSON) are added step, config, files
     (sha256 of each) and weights (that of the model's file). What fails on rank 0 is raised on every
@@ -141,7 +141,7 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
         try:
             facts = {"step": step, "config": asdict(model.config)}
             write_checkpoint(path, tensors, (meta or {}) | facts)
-            for old in list_checkpoints(folder)[:-keep]:
+            for old in [p for p in list_checkpoints(folder) if p.name <= path.name][:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:             # the other ranks wait for news, good or bad
             problem = error
