@@ -2,12 +2,12 @@
 
     python benchmarks/rl_study.py runs/laptop [--seeds 3] [--steps 24] [--only NAME ...]
 
-Each recipe below starts from the same SFT weights and practises word problems and letters. "more SFT" fine-tunes on the
-same two tasks for as many FLOPs as the first recipe would spend if every rollout were learned from: 2 per weight for each
-token read or generated, and 6 for each token of question and answer that is learned from. With one seed both get the same
-questions, which the run's own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right, "more SFT" the
-solutions. All are tested on the same 100 held-out questions of each task, 8 answers each at temperature 1 (pass@1, pass@8,
-unbiased) and one at temperature 0. Nothing is written to RUN.
+Each recipe below starts from the same SFT weights and practises word problems and letters. Two rivals spend the FLOPs of the
+first recipe on more fine-tuning: on the solutions of new questions of the same two tasks, and on the mixture of the run's own
+fine-tuning (again, in the same order for every seed: there is no spread to see). With one seed RL and the first rival get the
+same questions, which the run's own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right. All are
+tested on the same 100 held-out questions of each task, 8 answers each at temperature 1 (pass@1, pass@8, unbiased) and one at
+temperature 0. Nothing is written to RUN.
 """
 import argparse
 import shutil
@@ -21,11 +21,12 @@ from nanochat_nb.inference import Engine
 from nanochat_nb.rl import open_questions, roll_out, run_rl, test_pass
 from nanochat_nb.runtime import start_runtime
 from nanochat_nb.sft import run_sft
-from nanochat_nb.tokenizer import Tokenizer
 
 TASKS = ["word_problem", "letters"]
 BATCH = 4096                                             # tokens a step of more SFT
 GENTLE = 0.02                                            # at 0.2 it unlearns (chapters/log.md)
+PRACTICE = {"tasks": TASKS, "examples": 1000, "prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 160,
+            "eval_prompts": 1, "eval_samples": 1}
 RECIPES = {
     "lr 0.02": {"lr_fraction": GENTLE},
     "lr 0.05": {"lr_fraction": 0.05},
@@ -110,10 +111,10 @@ def main() -> None:
             scores, spent = practised(args.run, RECIPES[name], seed, args.steps, rt)
             results.append(scores)
         print(line(name, results, (time.monotonic() - start) / args.seeds), flush=True)
-        if i == 0:
-            start, tokens = time.monotonic(), round(spent)
-            more = [fine_tuned(args.run, tokens, seed, rt) for seed in range(1, args.seeds + 1)]
-            print(line(f"more SFT, {tokens:,} tokens", more, (time.monotonic() - start) / args.seeds), flush=True)
+        for kind, solutions in (("the two tasks' solutions", True), ("the same mixture", False)) if i == 0 else ():
+            start = time.monotonic()
+            more = [fine_tuned(args.run, spent, seed, rt, solutions=solutions) for seed in range(1, args.seeds + 1)]
+            print(line(f"more SFT, {kind}, {spent:.1e} FLOPs", more, (time.monotonic() - start) / args.seeds), flush=True)
 
 
 if __name__ == "__main__":
