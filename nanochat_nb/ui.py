@@ -161,8 +161,9 @@ def in_bundles(events: Iterator[dict], *, seconds: float = 0.03) -> Iterator[dic
         try:
             for event in events:
                 arrived.put(event)
-        finally:
             arrived.put(None)
+        except Exception as error:                             # whoever listens shall hear of it
+            arrived.put(error)
 
     threading.Thread(target=read, daemon=True).start()
     parts, due, event = [], 0.0, {}
@@ -171,6 +172,8 @@ def in_bundles(events: Iterator[dict], *, seconds: float = 0.03) -> Iterator[dic
             event = arrived.get(timeout=max(0, due - time.monotonic()) if parts else None)
         except queue.Empty:
             event = {}                                         # the time is up
+        if isinstance(event, Exception):
+            raise event
         if event and event["type"] == "delta":
             due = due if parts else time.monotonic() + seconds
             parts = parts + event["parts"]
