@@ -700,7 +700,7 @@ def open_texts(folder: Path, text: Sequence[str], seed: int):
 
 # %% ../nbs/10_evaluation.ipynb #held-out
 def held_out(source, limit: int) -> dict[str, list[str]]:
-    """About `limit` validation texts per kind of text, spread evenly over what the source yields first."""
+    """At most `limit` validation texts, spread evenly over what the source yields first; kind → texts."""
     documents = list(source.documents("val", limit=20 * limit))
     texts: dict[str, list[str]] = {}
     for document in documents[::max(1, len(documents) // limit)][:limit]:
