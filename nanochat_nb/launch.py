@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import ctypes
 import fcntl
@@ -22,23 +23,25 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import nanochat_nb
-from .runtime import Runtime, UserError, file_hash, nearest, write_atomic, write_json
+from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_hash, nearest,
+                                 write_atomic, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
            'check_files', 'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding',
-           'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'git_sha', 'upstream',
-           'status', 'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
+           'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status',
+           'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
            'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee',
-           'keep_earlier', 'run_notebook', 'run_stage', 'run_processes', 'only_one', 'run_path', 'launch',
-           'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'main', 'command_line']
+           'keep_earlier', 'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path',
+           'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'where_to_compute',
+           'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -356,15 +359,6 @@ def identity(marker: dict) -> str:
     return hashlib.sha256(json.dumps([marker.get("key"), kept],
                                      sort_keys=True).encode()).hexdigest()
 
-
-def git_sha() -> str:
-    """The commit of the code, for the record; empty outside git."""
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
 # %% ../nbs/15_launch.ipynb #upstream
 def upstream(run: Path, step: Step) -> dict[str, str]:
     """The identities of the steps that this one needs. Raises UserError when one is not finished."""
@@ -409,6 +403,7 @@ def set_aside(run: Path, step: Step) -> str:
 # %% ../nbs/15_launch.ipynb #begin
 def begin(run: Path, step: Step, key: str) -> None:
     """Write down that work on `key` has begun; set aside what belongs to another key, and say so."""
+    from nanochat_nb.report import git_sha
     if read_marker(run, step).get("key") != key:
         if where := set_aside(run, step):
             print(f"{step.name}: what was there was made with other parameters or inputs; it is now in {where}", flush=True)
@@ -417,15 +412,16 @@ def begin(run: Path, step: Step, key: str) -> None:
 
 
 def finish(run: Path, step: Step, key: str) -> None:
-    """Write the marker of a finished step, with the hashes of its products."""
+    """Write the marker of a finished step, with the hashes of its products, and where it ran."""
+    from nanochat_nb.report import git_sha, this_machine
     products = {}
     for name in product_files(run, step):
         if not (run / name).is_file():
             raise RuntimeError(f"{step.name} ended without writing {name}")
         products[str(name)] = file_hash(run / name)
-    write_json(marker_path(run, step), {
-        "step": step.name, "key": key, "state": "finished", "git": git_sha(), "products": products
-    })
+    ran = {"git": git_sha(), "machine": this_machine(int(os.environ.get("WORLD_SIZE", 1)))}
+    write_json(marker_path(run, step),
+               {"step": step.name, "key": key, "state": "finished", "products": products} | ran)
 
 # %% ../nbs/15_launch.ipynb #tags
 def tags(cell: dict) -> list[str]:
@@ -600,32 +596,42 @@ def run_stage(name: str, run: Path, overrides: dict[str, dict], log=None) -> Non
     if rank == 0:
         finish(run, step, key)
 
-# %% ../nbs/15_launch.ipynb #run-processes
+# %% ../nbs/15_launch.ipynb #without-errors
 _ERROR = re.compile(r"^error: (.*)\n", re.M)                  # what `command_line` prints in a rank
 
 
+def without_errors(blocks: Iterable[bytes], told: list[str]) -> Iterator[str]:
+    """The text of `blocks` without its lines `error: MESSAGE`; the messages are appended to `told`."""
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for block in blocks:
+        text = held + decoder.decode(block)
+        last = text.rpartition("\n")[2]
+        held = last if last.startswith("error: ") or "error: ".startswith(last) else ""
+        text = text[:len(text) - len(held)]
+        told += _ERROR.findall(text)
+        yield _ERROR.sub("", text)
+    yield held
+
+# %% ../nbs/15_launch.ipynb #run-processes
 def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> None:
     """Run one step on several processes of this machine under torchrun, copying what rank 0 prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                "-m", "--", "nanochat_nb.launch", name, "--run", str(run), "--preset", str(preset)]
     torchrun_says = run / "notebooks" / f"{name}.torchrun.log"
     torchrun_says.parent.mkdir(parents=True, exist_ok=True)
-    said = ""
+    told: list[str] = []
     with open(torchrun_says, "wb") as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors,
                                  preexec_fn=die_with_parent)
         try:
-            while block := child.stdout.read1(65536):
-                text = block.decode("utf-8", "replace")
-                said = (said + text)[-2000:]
-                log.write(_ERROR.sub("", text))                        # told once, below
+            for text in without_errors(iter(lambda: child.stdout.read1(65536), b""), told):
+                log.write(text)
             code = child.wait()
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait()
     if code:
-        told = _ERROR.findall(said)
         raise UserError(
             told[0] if told else f"{name} stopped; see {torchrun_says} and the notebooks beside it")
 
@@ -847,6 +853,14 @@ def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
         found.append(item)
     return found or None
 
+# %% ../nbs/15_launch.ipynb #where-to-compute
+def where_to_compute(overrides: dict[str, dict]) -> str:
+    """Pretraining's device, and on a CPU its number format, in words. Raises UserError for one that is absent."""
+    base = stage_parameters(STEPS["base"], overrides)
+    device = detect_device(base["device"] or None)
+    dtype = base["dtype"] or str(compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
+    return f"{device}" + (f" in {dtype}" if dtype else "")
+
 # %% ../nbs/15_launch.ipynb #main
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. One line of error for what the user can mend."""
@@ -874,7 +888,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_names(overrides)
     check_sizes(overrides, processes)
     check_files(overrides)
-    print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}", flush=True)
+    print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}, "
+          f"{where_to_compute(overrides)}", flush=True)
     launch(overrides, run, title=Path(args.what).stem, processes=processes, until=args.until)
     if args.until == "report":
         show_report(run)

@@ -26,11 +26,11 @@ from .tasks import EMBEDDED, REAL
 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
-           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'SMALL_IS_GOOD', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT',
-           'LEFT', 'BOTTOM', 'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha',
-           'environment', 'preset_name', 'cost', 'other_runs', 'headline', 'number', 'duration', 'table', 'title',
-           'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table', 'text_line',
-           'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
+           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
+           'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names', 'this_machine',
+           'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline', 'number', 'duration',
+           'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table',
+           'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
            'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend',
            'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
            'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
@@ -56,8 +56,6 @@ def stage_entry(folder: Path, stage: str) -> dict:
     """A stage's numbers: those of its summary, and of the evaluation of its checkpoint."""
     summary, evaluation = read_json(folder / stage / "summary.json"), read_json(folder / "eval" / f"{stage}.json")
     metrics = {**summary.get("metrics", {}), **evaluation.get("metrics", {})}
-    if "document_bpb" in metrics:
-        metrics.setdefault("val_bpb", metrics["document_bpb"])
     entry = {"metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))}, "missing": not summary}
     return entry | {k: summary.get(k) or 0
                     for k in COSTS} | {k: summary[k] for k in ("steps", "plan") if k in summary}
@@ -66,6 +64,7 @@ def stage_entry(folder: Path, stage: str) -> dict:
 def collect(folder: str | Path) -> dict:
     """All of a run's results as one JSON-able dict: stages, tasks, samples, skipped, compression, environment, cost."""
     folder = Path(folder)
+    noted = notes(folder)
     evaluations = {stage: read_json(folder / "eval" / f"{stage}.json") for stage in STAGES[1:]}
     done = {stage: e for stage, e in evaluations.items() if e}
     report = {
@@ -74,13 +73,13 @@ def collect(folder: str | Path) -> dict:
                   }, "samples": {stage: e.get("samples", []) for stage, e in done.items()},
         "not_evaluated": {stage: e.get("skipped", {}) for stage, e in done.items()},
         "compression": read_json(folder / "tokenizer" / "summary.json").get("compression", {}),
-        "environment": environment(folder)
+        "environment": environment(folder, noted)
     }
     report["missing"] = [s for s, entry in report["stages"].items() if entry["missing"]]
     report["missing"] += [f"evaluation of {s}" for s in evaluations if s not in done]
-    seconds = sum(e["seconds"] for e in report["stages"].values()) + sum(
-        e.get("seconds", 0) for e in done.values())
-    return report | {"cost": cost(report["environment"], seconds)}
+    seconds = {s: e["seconds"] for s, e in report["stages"].items()}
+    seconds |= {f"eval-{s}": e.get("seconds", 0) for s, e in done.items()}
+    return report | {"cost": total_cost(seconds, noted, report["environment"])}
 
 # %% ../nbs/14_report.ipynb #cpu-model
 def cpu_model() -> str:
@@ -107,17 +106,40 @@ def git_sha() -> str:
         return ""
 
 # %% ../nbs/14_report.ipynb #environment
-def environment(folder: Path) -> dict:
-    """Processor, memory, GPUs, versions, commit, preset and date of this report."""
+def gpu_names(count: int) -> list[str]:
+    """The name of this machine's first GPU, `count` times."""
+    try:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    return [said.partition("\n")[0].strip() or "GPU"] * count
+
+
+def this_machine(processes: int | None = None) -> dict:
+    """Processor, memory, GPUs and versions, here; GPUs as many as `processes` used (None: all of them)."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         memory = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu_model(), "cores": cores, "memory_bytes": memory, "gpus": gpus, "python": platform.python_version(),
-            "torch": torch.__version__, "system": platform.system(), "git": git_sha(), "preset": preset_name(folder),
-            "date": datetime.date.today().isoformat()}
+    there = torch.cuda.device_count()
+    return {"cpu": cpu_model(), "cores": cores, "memory_bytes": memory,
+            "gpus": gpu_names(processes or there) if there else [],
+            "python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
+
+# %% ../nbs/14_report.ipynb #machines
+def notes(folder: Path) -> dict[str, dict]:
+    """What the launcher noted beside each finished step: its `machine` and `git`, the commit of the code."""
+    found = {path.stem: read_json(path) for path in sorted((folder / "markers").glob("*.json"))}
+    return {step: note for step, note in found.items() if "machine" in note}
+
+
+def environment(folder: Path, noted: dict[str, dict]) -> dict:
+    """Where the run was trained, the commit, the preset, and the date of this report."""
+    first = next((noted[step] for step in ("base", "sft", "rl") if step in noted), {})
+    return first.get("machine", this_machine()) | {
+        "git": first.get("git") or git_sha(), "preset": preset_name(folder), "date": datetime.date.today().isoformat()}
 
 # %% ../nbs/14_report.ipynb #preset-name
 def preset_name(folder: Path) -> str:
@@ -138,7 +160,7 @@ OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
 
 
 def cost(environment: dict, seconds: float) -> dict:
-    """Hours, energy in kWh and rent in US dollars of `seconds` on this machine, and the rates assumed."""
+    """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine, and the rates assumed."""
     if environment["gpus"]:
         name = next((k for k in GPU_RATES if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
         count, (watts, dollars), unit = len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU), name or "GPU"
@@ -147,6 +169,13 @@ def cost(environment: dict, seconds: float) -> dict:
     hours = seconds / 3600
     return {"seconds": seconds, "energy_kwh": hours * count * watts / 1000, "usd": hours * count * dollars,
             "assumed": f"{count} × {unit} at {watts} W and ${dollars:.2f} an hour"}
+
+# %% ../nbs/14_report.ipynb #total-cost
+def total_cost(seconds: dict[str, float], noted: dict[str, dict], here: dict) -> dict:
+    """`cost` of all steps, each at the rates of the machine that its note names; without a note, of `here`."""
+    spent = [cost(noted.get(step, {}).get("machine", here), s) for step, s in seconds.items() if s]
+    rates = dict.fromkeys(c["assumed"] for c in spent or [cost(here, 0)])
+    return {k: sum(c[k] for c in spent) for k in ("seconds", "energy_kwh", "usd")} | {"assumed": "; ".join(rates)}
 
 # %% ../nbs/14_report.ipynb #sources
 SOURCES = {
@@ -183,7 +212,9 @@ def headline(report: dict) -> dict[str, float]:
     """The few numbers a run is known by: text, CORE, the tasks of its last stage, time."""
     stages = report["stages"]
     last = next((s for s in ("rl", "sft") if report.get("tasks", {}).get(s)), None)
-    out = {k: stages["base"]["metrics"][k] for k in ("val_bpb", "core", "core_partial") if k in stages["base"]["metrics"]}
+    base = stages["base"]["metrics"]
+    text = "val_bpb" if "val_bpb" in base else "document_bpb"
+    out = {k: base[k] for k in (text, "core", "core_partial") if k in base}
     if last:
         out |= {k: stages[last]["metrics"][k] for k in ("chatcore", "chatcore_embedded") if k in stages[last]["metrics"]}
         out |= {task: r["accuracy"] for task, r in report["tasks"][last].items()}
@@ -273,17 +304,18 @@ def topic_rows(report: dict) -> list[list[str]]:
 # %% ../nbs/14_report.ipynb #loud
 def loud(report: dict) -> list[str]:
     """What is not in this report, one sentence each."""
-    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    stages: dict[tuple[str, str, str], list[str]] = {}
     for stage, skipped in report["not_evaluated"].items():
         for name, why in skipped.items():
             kind, why = ("CORE tasks ",
                          "their files are absent") if name.startswith("core: ") else ("", why)
-            reasons.setdefault((kind, why), {}).setdefault(name.removeprefix("core: "), []).append(stage)
+            stages.setdefault((kind, name.removeprefix("core: "), why), []).append(stage)
+    together: dict[tuple, list[str]] = {}
+    for (kind, name, why), where in stages.items():
+        together.setdefault((", ".join(where), kind, why), []).append(name)
     out = [f"MISSING: {what} – it was not run, or did not finish." for what in report["missing"]]
-    for (kind, why), names in reasons.items():
-        stages = dict.fromkeys(s for found in names.values() for s in found)
-        out.append(f"NOT EVALUATED on {', '.join(stages)}: {kind}{', '.join(names)} ({why}).")
-    return out
+    return out + [f"NOT EVALUATED on {where}: {kind}{', '.join(names)} ({why})."
+                  for (where, kind, why), names in together.items()]
 
 # %% ../nbs/14_report.ipynb #core-table
 def core_table(report: dict) -> list[list[str]]:
@@ -297,8 +329,9 @@ def core_table(report: dict) -> list[list[str]]:
 # %% ../nbs/14_report.ipynb #text-line
 def text_line(metrics: dict) -> str:
     """The base model's bits per byte on held-out text: in rows as it was trained, and each document by itself."""
-    alone = f", {number(metrics['document_bpb'])} when every document is read alone" if "document_bpb" in metrics else ""
-    return f"Held-out text: {number(metrics.get('val_bpb'))} bits per byte in packed rows, as it was trained{alone}."
+    ways = {"val_bpb": "in packed rows, as it was trained", "document_bpb": "when every document is read alone"}
+    said = [f"{number(metrics[k])} {how}" for k, how in ways.items() if k in metrics]
+    return f"Held-out text, bits per byte: {', '.join(said)}." if said else "Held-out text was not measured."
 
 
 def core_line(report: dict) -> str:
@@ -378,8 +411,8 @@ def quoted(text: str, most: int = 400) -> str:
     return "\n".join("> " + line for line in (text[:most] or "…").split("\n"))
 
 # %% ../nbs/14_report.ipynb #compare-reports
-SMALL_IS_GOOD = ("val_bpb", "minutes")
-NO_ERROR_KNOWN = ("val_bpb", "core_partial")     # and perhaps other text, other tasks
+# and perhaps other text, other tasks, another machine
+NO_ERROR_KNOWN = ("val_bpb", "document_bpb", "core_partial", "minutes")
 
 
 def headline_errors(report: dict) -> dict[str, float]:
@@ -399,13 +432,11 @@ def headline_errors(report: dict) -> dict[str, float]:
     return out
 
 # %% ../nbs/14_report.ipynb #clear-winner
-def clear_winner(values: Sequence[float | None], errors: Sequence[float],
-                 small_is_good: bool) -> int | None:
-    """Which value is better than each other one by more than two standard errors of the difference; None if none is."""
-    sign = -1 if small_is_good else 1
+def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int | None:
+    """Which value is above each other one by more than two standard errors of the difference; None if none is."""
     there = [i for i, v in enumerate(values) if v is not None]
-    best = max(there, key=lambda i: sign * values[i])
-    ahead = all(sign * (values[best] - values[i]) > 2 * math.hypot(errors[best], errors[i])
+    best = max(there, key=lambda i: values[i])
+    ahead = all(values[best] - values[i] > 2 * math.hypot(errors[best], errors[i])
                 for i in there if i != best)
     return best if ahead and len(there) > 1 else None
 
@@ -418,7 +449,7 @@ def compare_reports(reports: dict[str, dict]) -> str:
     for key in dict.fromkeys(k for head in heads.values() for k in head):
         values = [head.get(key) for head in heads.values()]
         errors = [math.inf if key in NO_ERROR_KNOWN else d.get(key, 0.0) for d in doubts]
-        best = clear_winner(values, errors, key in SMALL_IS_GOOD)
+        best = clear_winner(values, errors)
         words = [
             "–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values
         ]
@@ -629,8 +660,10 @@ def cards(report: dict) -> str:
     if "core_partial" in head:
         core = (f"({head['core_partial']:.3f})",
                 f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
+    text = ((number(head["document_bpb"]), "bits per byte, held-out documents read alone") if "document_bpb" in head
+            else (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"))
     shown = [
-        (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"), core,
+        text, core,
         (number(head.get("chatcore_embedded", head.get("chatcore"))),
          f"chat tasks after {last}: mean, 0 is guessing, 1 all right" if last else "chat tasks"),
         (number(sum(s["tokens"] for s in stages)), "tokens trained on"),

@@ -37,22 +37,22 @@ from .checkpoint import latest_checkpoint, load_model
 from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
                                    run_folder)
 from .runtime import UserError, detect_device, nearest
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
 __all__ = ['ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits', 'Part', 'Message',
            'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'ApiError',
            'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose',
            'parts', 'Shape', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'sampling_options',
-           'create_app', 'model_loaders', 'EventStream', 'add_routes', 'check_port', 'serve', 'main']
+           'create_app', 'model_loaders', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
     """An engine whose answers are written in advance: it shows what the server asks of an engine,
     and tests use it.
 
-    `reply(prompt_ids)` gives the whole answer as token ids; each `step` hands out one token to
-    each request.
+    `reply(prompt_ids)` gives the whole answer as token ids, which may be none; each `step` hands
+    out one token to each request.
     """
 
     def __init__(self, tokenizer: Tokenizer, reply: Callable[[list[int]], list[int]], *,
@@ -75,10 +75,10 @@ class ScriptedEngine:
         time.sleep(self.delay)
         events = []
         for request, ids in list(self.rows.items()):
-            token = ids.pop(0)
-            ended = token == self.tokenizer.special("<|assistant_end|>")
+            new = [ids.pop(0)] if ids else []
+            ended = new in ([], [self.tokenizer.special("<|assistant_end|>")])
             reason = "stop" if ended else None if ids else "length"
-            events.append(Event(request, [token], reason))
+            events.append(Event(request, new, reason))
             if reason:
                 del self.rows[request]
         return events
@@ -123,47 +123,53 @@ class EngineWorker:
         self._inbox.put(("close", None))
         self._thread.join(timeout=wait)
 
-    def _finish(self, ticket: Ticket, ids: list[int], reason: str) -> None:
-        self.active.pop(ticket.request, None)
-        with self._lock:
-            self.waiting -= 1
-        ticket.report(ids, reason)
+# %% ../nbs/16_server.ipynb #worker-obeys
+@patch_to(EngineWorker)
+def _finish(self: EngineWorker, ticket: Ticket, ids: list[int], reason: str) -> None:
+    self.active.pop(ticket.request, None)
+    with self._lock:
+        self.waiting -= 1
+    ticket.report(ids, reason)
 
-    def _obey(self, command: str, ticket: Ticket) -> None:
-        if command == "submit":
-            try:
-                ticket.request = self.engine.submit(ticket.prompt, **ticket.options)
-                self.active[ticket.request] = ticket
-            except Exception as error:                   # a bad request must not end the thread
-                self._finish(ticket, [], f"error: {error}")
-        elif ticket.request in self.active:
-            self.engine.cancel(ticket.request)
-            self._finish(ticket, [], "cancelled")
 
-    def _run(self) -> None:
-        while True:
-            while not self.active or not self._inbox.empty():
-                command, ticket = self._inbox.get()
-                if command == "close":
-                    return
-                self._obey(command, ticket)
-            try:
-                events = self.engine.step()
-            except Exception as error:  # the step is lost: tell everybody, go on with new requests
-                print(f"engine: {type(error).__name__}: {error}", file=sys.stderr)
-                for ticket in list(self.active.values()):
-                    with contextlib.suppress(Exception):
-                        self.engine.cancel(ticket.request)
-                    self._finish(ticket, [], "error: the engine failed")
+@patch_to(EngineWorker)
+def _obey(self: EngineWorker, command: str, ticket: Ticket) -> None:
+    if command == "submit":
+        try:
+            ticket.request = self.engine.submit(ticket.prompt, **ticket.options)
+            self.active[ticket.request] = ticket
+        except Exception as error:                   # a bad request must not end the thread
+            self._finish(ticket, [], f"error: {error}")
+    elif ticket.request in self.active:
+        self.engine.cancel(ticket.request)
+        self._finish(ticket, [], "cancelled")
+
+# %% ../nbs/16_server.ipynb #worker-runs
+@patch_to(EngineWorker)
+def _run(self: EngineWorker) -> None:
+    while True:
+        while not self.active or not self._inbox.empty():
+            command, ticket = self._inbox.get()
+            if command == "close":
+                return
+            self._obey(command, ticket)
+        try:
+            events = self.engine.step()
+        except Exception as error:  # the step is lost: tell everybody, go on with new requests
+            print(f"engine: {type(error).__name__}: {error}", file=sys.stderr)
+            for ticket in list(self.active.values()):
+                with contextlib.suppress(Exception):
+                    self.engine.cancel(ticket.request)
+                self._finish(ticket, [], "error: the engine failed")
+            continue
+        for event in events:
+            ticket = self.active.get(event.request)
+            if ticket is None:
                 continue
-            for event in events:
-                ticket = self.active.get(event.request)
-                if ticket is None:
-                    continue
-                if event.finish_reason:
-                    self._finish(ticket, event.ids, event.finish_reason)
-                else:
-                    ticket.report(event.ids, None)
+            if event.finish_reason:
+                self._finish(ticket, event.ids, event.finish_reason)
+            else:
+                ticket.report(event.ids, None)
 
 # %% ../nbs/16_server.ipynb #piecedecoder
 class PieceDecoder:
@@ -390,7 +396,7 @@ class ModelPool:
         self.loaders, self.keep = dict(loaders), keep
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
         self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
-        self._lock = threading.Lock()                      # for the two lines above: never for long
+        self._lock = threading.Lock()                      # for the two tables above: never for long
         self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
@@ -417,29 +423,33 @@ class ModelPool:
                 self._users[name] -= 1
                 self._keep(self.keep)
 
-    def _worker(self, name: str) -> EngineWorker:
-        with self._loading[name]:                          # who wants the same model waits for it
-            if name not in self.workers:
-                with self._lock:
-                    self._keep(self.keep - 1)
-                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
-                with self._lock:
-                    self.workers[name] = worker
-            with self._lock:
-                self.workers[name] = self.workers.pop(name)    # now the most recent
-                return self.workers[name]
-
-    def _keep(self, most: int) -> None:
-        """Let idle models leave until at most `most` are left. The caller holds the lock, so nobody
-        waits for their threads to end."""
-        for name, worker in list(self.workers.items()):
-            if len(self.workers) > most and not self._users[name] and not worker.waiting:
-                self.workers.pop(name).close(wait=0)
-
     def close(self) -> None:
         """End every thread."""
         for worker in self.workers.values():
             worker.close()
+
+# %% ../nbs/16_server.ipynb #pool-loads
+@patch_to(ModelPool)
+def _worker(self: ModelPool, name: str) -> EngineWorker:
+    with self._loading[name]:                          # who wants the same model waits for it
+        if name not in self.workers:
+            with self._lock:
+                self._keep(self.keep - 1)
+            worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+            with self._lock:
+                self.workers[name] = worker
+        with self._lock:
+            self.workers[name] = self.workers.pop(name)    # now the most recent
+            return self.workers[name]
+
+
+@patch_to(ModelPool)
+def _keep(self: ModelPool, most: int) -> None:
+    """Let idle models leave until at most `most` are left. The caller holds the lock, so nobody
+    waits for their threads to end."""
+    for name, worker in list(self.workers.items()):
+        if len(self.workers) > most and not self._users[name] and not worker.waiting:
+            self.workers.pop(name).close(wait=0)
 
 # %% ../nbs/16_server.ipynb #job
 @dataclass
@@ -674,6 +684,29 @@ class EventStream(StreamingResponse):
         with self.held:
             await super().__call__(scope, receive, send)
 
+# %% ../nbs/16_server.ipynb #answer-request
+async def answer_request(pool: ModelPool, limits: Limits, request: Request, body: Sampling,
+                         prepare: Callable, kind: str) -> Response:
+    """Find the model, check the limits, and answer: whole, or as a stream."""
+    with contextlib.ExitStack() as held:
+        worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
+        if worker.waiting >= limits.requests:
+            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                           headers={"Retry-After": "2"})
+        if body.logprobs:
+            raise ApiError(400, "logprobs are not available", param="logprobs")
+        n, most = body.n or 1, limits.choices
+        job = prepare(worker, body, limits) if n <= most else None
+        if job is None or len(job.prompts) > most:
+            raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
+                           param="n")
+        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
+                      kind == "chatcmpl")
+        if not body.stream:
+            return await whole_answer(job, shape, n, request)
+        include = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(stream_answer(job, shape, n, include), held.pop_all())
+
 # %% ../nbs/16_server.ipynb #add-routes
 def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> None:
     """Connect the API's paths to the functions above."""
@@ -685,26 +718,6 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
 
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
-
-    async def answer(request: Request, body: Sampling, prepare: Callable, kind: str):
-        with contextlib.ExitStack() as held:
-            worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
-            if worker.waiting >= limits.requests:
-                raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                               headers={"Retry-After": "2"})
-            if body.logprobs:
-                raise ApiError(400, "logprobs are not available", param="logprobs")
-            n, most = body.n or 1, limits.choices
-            job = prepare(worker, body, limits) if n <= most else None
-            if job is None or len(job.prompts) > most:
-                raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
-                               param="n")
-            shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
-                          kind == "chatcmpl")
-            if not body.stream:
-                return await whole_answer(job, shape, n, request)
-            include = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(stream_answer(job, shape, n, include), held.pop_all())
 
     @app.get("/health")
     def health() -> dict:
@@ -724,11 +737,11 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
 
     @app.post("/v1/chat/completions", dependencies=[Depends(authorize)])
     async def chat(request: Request, body: ChatRequest):
-        return await answer(request, body, chat_job, "chatcmpl")
+        return await answer_request(pool, limits, request, body, chat_job, "chatcmpl")
 
     @app.post("/v1/completions", dependencies=[Depends(authorize)])
     async def complete(request: Request, body: CompletionRequest):
-        return await answer(request, body, completion_job, "cmpl")
+        return await answer_request(pool, limits, request, body, completion_job, "cmpl")
 
 # %% ../nbs/16_server.ipynb #check-port
 def check_port(host: str, port: int) -> None:

@@ -132,6 +132,8 @@ class ChatWidget(anywidget.AnyWidget):
             self._stops[message["id"]].set()
         elif message["type"] in ("hello", "ask"):
             work = self._hello if message["type"] == "hello" else self._ask
+            if message["type"] == "ask":             # before the thread: *stop* may come at once
+                self._stops[message["id"]] = threading.Event()
             threading.Thread(target=work, args=(message,), daemon=True).start()
 
     def _hello(self, message: dict) -> None:
@@ -141,7 +143,7 @@ class ChatWidget(anywidget.AnyWidget):
             self.send({"type": "offline", "message": str(error)})
 
     def _ask(self, message: dict) -> None:
-        stopped = self._stops[message["id"]] = threading.Event()
+        stopped = self._stops[message["id"]]
         events = ask(message["messages"], model=message["model"], server=self.server,
                      stopped=stopped, top_k=50)
         try:
