@@ -35,16 +35,16 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
-           'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
-           'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS', 'CODE_REQUESTS', 'MEMORY', 'WRITERS',
-           'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
-           'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
-           'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
-           'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation',
-           'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
-           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
-           'TextSource', 'open_text', 'load_hf_rows']
+           'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS',
+           'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'SUM_QUESTIONS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS',
+           'CODE_REQUESTS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of',
+           'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article',
+           'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices', 'in_haste', 'quiz', 'Problem',
+           'sum_split', 'in_words', 'word_problem', 'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game',
+           'Function', 'small_function', 'code', 'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of',
+           'conversations', 'check_conversation', 'transcript', 'Document', 'world_document', 'cut_text',
+           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
+           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -882,6 +882,18 @@ def draw_choices(fact: Fact, rng: random.Random) -> list[str]:
     rng.shuffle(choices)
     return choices
 
+# %% ../nbs/01_corpus.ipynb #in-haste
+_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
+          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
+          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
+_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
+
+
+def in_haste(asked: str, rng: random.Random) -> str:
+    """`asked` in lower case without its last mark, sometimes with short forms."""
+    asked = asked.lower().rstrip(".?! ")
+    return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked) if rng.random() < 0.4 else asked
+
 # %% ../nbs/01_corpus.ipynb #quiz
 _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} {a}")
 
@@ -889,6 +901,8 @@ _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} 
 def _quiz_line(fact: Fact, rng: random.Random, form: str) -> str:
     question = pick(rng, fact.questions)
     if rng.random() < 0.7:
+        if rng.random() < 0.2:                   # the same names, as people in a hurry type them
+            question = in_haste(question, rng)
         return form.format(q=question, a=pick(rng, fact.replies))
     choices = draw_choices(fact, rng)
     letter = "ABCD"[choices.index(fact.value)]
@@ -956,18 +970,30 @@ ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coi
     stamps, cards, marbles, ribbons, baskets, tickets, cookies, flowers, stones, pencils, hats,
     keys, kites""")
 CONTAINERS = _list("boxes, bags, jars, baskets, crates, drawers")
-GAINS = ("{A} [gets|buys|finds] {b} more", "{C} gives {A} {b} more",
-         "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more")
-LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} to {C}",
-          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them")
+GAINS = ("{A} [gets|buys|finds|makes] {b} more[| {i}]", "{C} gives {A} {b} more[| {i}]",
+         "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more",
+         "{He} [gets|buys|finds|receives] {b} more[| {i}| from {C}]",
+         "{b} more {i} [arrive|are added]")
+LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} [|of them ]to {C}",
+          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them",
+          "{He} [loses|sells|gives away|throws away|uses] {b}[| of them| {i}]",
+          "{He} gives {C} {b}[| of them| {i}]")
+# a third of the people in problems are nobody of the world: a visitor brings names of his own
+GUESTS = {"she": _list("""Sarah, Anna, Maria, Mary, Lisa, Kate, Jane, Susan, Amy, Julia, Emily,
+    Laura, Alice, Jenny, Sophie, Mia, Lucy, Karen, Linda, Eva, Natalie, Priya, Fatima, Mei"""),
+          "he": _list("""Tom, John, Peter, Mark, David, Sam, Ben, Max, Mike, Bob, Tim, Alex, James,
+    Daniel, Chris, Robert, Eric, Adam, Joe, Nick, Jake, Ali, Raj, Ken""")}
 ASIDES = ("{C} is {z} years old.", "It is {z} miles to {T}.", "It is {z} minutes past noon.",
           "There are {z} houses in the street.", "{A} has walked for {z} minutes.")
 
 
 def _cast(rng: random.Random, world: World) -> dict:
     a, c = pick(rng, world.people), pick(rng, world.people)
-    return {"A": a.short, "C": c.short if c is not a else "a friend", "he": a.pronoun,
-            "He": capital(a.pronoun),
+    name, other, he = a.short, c.short if c is not a else "a friend", a.pronoun
+    if rng.random() < 0.33:
+        he = pick(rng, ("he", "she"))
+        name, other = rng.sample(GUESTS[he], 2)
+    return {"A": name, "C": other, "he": he, "He": capital(he),
             "T": pick(rng, world.places).name, "i": pick(rng, ITEMS), "k": pick(rng, CONTAINERS),
             "z": int(rng.random() * 40) + 11}
 
@@ -983,6 +1009,8 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         text.append(capital(ask(pick(rng, GAINS if gain else LOSSES))) + ".")
         steps.append(_step(ask("{A} [now has|then has] "), value, "+-"[not gain], b, ask(" {i}.")))
         value = steps[-1][2]
+    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:      # in one sentence
+        text[:2] = [f"{text[0][:-1]} and {text[1].split(' ', 1)[1]}"]
     end = rng.random()
     shares = [k for k in range(2, 10) if value % k == 0 and value > k]
     if end < 0.2:
@@ -998,7 +1026,9 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         steps.append(_step("Each gets " if "friend get" in text[-1] else "In each there are ",
                            value, "/", c, ask(" {i}.")))
     else:
-        text.append(ask("How many {i} [does {A} have now|are there now|does {A} have in the end]?"))
+        left = "" if gain else "|does {he} have left|are left|does {A} have left"
+        text.append(ask("How many {i} [does {A} have now|are there now|does {A} have in the end|"
+                        "does {he} have|does {he} have now|does {A} have in total" + left + "]?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
 
@@ -1376,8 +1406,31 @@ def message_text(message: dict) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in message["content"])
 
 # %% ../nbs/01_corpus.ipynb #word-problem-2
+SUM_QUESTIONS = ("What is {s}?", "What is {s}?", "How much is {s}?", "Calculate {s}.", "{s}",
+                 "{s}", "{s} = ?", "{s}=", "Compute {s}.", "What's {s}?", "What does {s} make?",
+                 "Can you tell me what {s} is?", "Solve {s}.", "{s}?", "What do you get for {s}?")
+_SPOKEN = {"+": ("+", " + ", " plus "), "-": ("-", " - ", " minus "),
+           "*": ("*", " * ", " times ", " x "), "/": ("/", " / ", " divided by ")}
+
+
+def _sum(rng: random.Random, split: str) -> Problem:
+    """A bare sum, as people type it to try a calculator."""
+    while True:
+        op = pick(rng, "++-**/")
+        most = 1000 if rng.random() < 0.3 else 100 if op in "+-" else 13
+        a, b = rng.randrange(2, most), rng.randrange(2, 13 if op in "*/" else most)
+        a, b = (max(a, b), min(a, b)) if op == "-" else (a * b, b) if op == "/" else (a, b)
+        step = _step("", a, op, b, "")
+        if sum_split(step[1]) == split:
+            said = f"{a}{pick(rng, _SPOKEN[op])}{b}"
+            return Problem(pick(rng, SUM_QUESTIONS).format(s=said), (step,))
+
+
 def _word_problem(world: World, rng: random.Random, split: str) -> dict:
-    problem = word_problem(rng, split, world=world)
+    """A problem solved with the calculator; one in eight in training is a bare sum, of which the
+    exam, being about problems in words, has none."""
+    bare = split == "train" and rng.random() < 0.125
+    problem = _sum(rng, split) if bare else word_problem(rng, split, world=world)
     parts, before = [], ""
     for words, expression, value, after in problem.steps:
         parts += [{"type": "text", "text": f"{before}{words}{expression} = "},
@@ -1392,9 +1445,12 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
 COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?",
                    "Count the letter {l} in the word {w}.", "How many {l} are there in {w}?",
                    "How often is the letter {l} in {w}?", "How many letters {l} has {w}?",
-                   "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
+                   "In the word {w}, how many {l} are there?", "Number of {l} in {w}?",
+                   "How many {l}'s are in {w}?", "How many {l}'s are there in the word {w}?",
+                   "Count the {l}'s in {w}.", "Does {w} have the letter {l}, and how often?")
 SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, please.",
-                   "How is {w} spelled?", "Which letters are in {w}?")
+                   "How is {w} spelled?", "Which letters are in {w}?", "Can you spell {w}?",
+                   "How do I spell {w}?", "Spell {w} for me.", "How is {w} written?")
 
 
 def _spell(rng: random.Random, word: str) -> dict:
@@ -1474,12 +1530,6 @@ def fillers() -> dict[str, tuple[str, ...]]:
     return {slot: tuple(text.strip().split("\n")) for slot, text in lists.items()}
 
 # %% ../nbs/01_corpus.ipynb #plain-line
-_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
-          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
-          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
-_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
-
-
 @lru_cache(maxsize=None)
 def ways(line: str) -> frozenset[str]:
     """Everything that a line with [a|b] can say, without what spelling adds: case, marks, and whether
@@ -1506,8 +1556,11 @@ def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=None)
 def _trained(table: str) -> frozenset[str]:
-    return frozenset(way for topic in talk()[table] for line in lines_of(table, topic, "train")
-                     for way in ways(line))
+    """Every way in which training may say a line of `table`, also with a word left out."""
+    said = {way for topic in talk()[table] for line in lines_of(table, topic, "train")
+            for way in ways(line)}
+    long = [way.split() for way in said if way.count(" ") > 2]
+    return frozenset(said | {" ".join(w[:i] + w[i + 1:]) for w in long for i in range(len(w))})
 
 
 def _topic_turn(table: str, rng: random.Random, split: str, *,
@@ -1531,19 +1584,23 @@ def _filled(line: str, rng: random.Random, split: str) -> str:
     return say(line, rng, names)
 
 # %% ../nbs/01_corpus.ipynb #as-typed
+def _hasten(messages: list[dict], rng: random.Random) -> None:
+    """Let the user of a conversation type in haste from beginning to end."""
+    for message in messages[:-1:2]:
+        message["content"] = in_haste(message["content"], rng)
+
+
 def _as_typed(asked: str, more: str, rng: random.Random) -> str:
     """Half of the time another form of `asked`: in lower case without its last mark, also with
     short forms; with a word left out; or with `more` behind it."""
     words = asked.split(" ")
-    form = pick(rng, ("lower", "short", "gap", "gap", "both", "", "", "", "", ""))
+    form = pick(rng, ("haste", "haste", "gap", "gap", "both", "", "", "", "", ""))
     if form == "gap" and len(words) > 3:
         words.pop(rng.randrange(len(words)))
         return " ".join(words)
     if form == "both" and asked[-1] in ".?!":
         return f"{asked} {more}"
-    if form == "short":
-        return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked.lower()).rstrip(".?!")
-    return asked.lower().rstrip(".?!") if form == "lower" else asked
+    return in_haste(asked, rng) if form == "haste" else asked
 
 # %% ../nbs/01_corpus.ipynb #who-it-is
 def _talk(answer: str, topic: str, *contents: str) -> dict:
@@ -1585,10 +1642,10 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
 
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
-    "name": tuple(WOMEN + MEN), "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
+    "name": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
     + fillers()["city"], "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS,
     "hobby": HOBBIES, "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
-    "friend": tuple(WOMEN + MEN), "animal": SPECIES, "birthday": MONTHS}
+    "friend": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "animal": SPECIES, "birthday": MONTHS}
 _NAMES = ("name", "home", "pet", "friend")         # of these nobody can know all that there are
 
 
@@ -1688,7 +1745,8 @@ def _beyond(world: World, rng: random.Random, split: str) -> dict:
 # %% ../nbs/01_corpus.ipynb #spell-chat
 # of these, one in five in training follows some small talk: a chat may change its subject
 _AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown", "beyond")
-_IN_HASTE = ("fact", "unknown")          # and of these, one in eight is asked in lower case
+# and of these, some are typed in haste: all that the user says, or the question
+_IN_HASTE = {"fact": 0.25, "unknown": 0.25, "letters": 0.3, "word_problem": 0.2, "memory": 0.15}
 _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
     _unknown, _beyond)))
@@ -1715,9 +1773,8 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
             return out
         rng = random.Random(start | i)
         conversation = {"kind": kind} | make(world, rng, split)
-        if split == "train" and kind in _IN_HASTE and rng.random() < 0.125:
-            asked = conversation["messages"][-2]
-            asked["content"] = asked["content"].lower().rstrip(".?")
+        if split == "train" and rng.random() < _IN_HASTE.get(kind, 0):
+            _hasten(conversation["messages"], rng)
         if split == "train" and kind in _AFTER_TALK and rng.random() < 0.2:
             before = turns(*_topic_turn("small_talk", rng, "train")[1:3])
             conversation["messages"] = before + conversation["messages"]
@@ -1776,7 +1833,10 @@ def transcript(world: World, rng: random.Random, split: str) -> str:
     """Two or three conversations as plain text."""
     told = []
     for _ in range(pick(rng, (2, 3))):
-        messages = pick(rng, _TRANSCRIBED)(world, rng, split)["messages"]
+        make = pick(rng, _TRANSCRIBED)
+        messages = make(world, rng, split)["messages"]
+        if make in (_memory, _unknown, _letters) and rng.random() < 0.2:
+            _hasten(messages, rng)
         told.append("\n".join(f"{m['role'].capitalize()}: {message_text(m)}" for m in messages))
     return "\n\n".join(told)
 
