@@ -36,15 +36,15 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
            'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS',
-           'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'SUM_QUESTIONS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS',
-           'CODE_REQUESTS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of',
-           'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article',
-           'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices', 'in_haste', 'quiz', 'Problem',
-           'sum_split', 'in_words', 'word_problem', 'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game',
-           'Function', 'small_function', 'code', 'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of',
-           'conversations', 'check_conversation', 'transcript', 'Document', 'world_document', 'cut_text',
-           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
-           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA',
+           'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story',
+           'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices',
+           'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic',
+           'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code', 'turns',
+           'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation', 'transcript',
+           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
+           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
+           'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -965,6 +965,19 @@ def in_words(n: int) -> str:
         return _TENS[n // 10] + (f"-{_SMALL[n % 10]}" if n % 10 else "")
     return _SMALL[n]
 
+# %% ../nbs/01_corpus.ipynb #skill-lines
+def _static(name: str) -> str:
+    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def wordings() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The tables of `static/skills.toml`, each a name → its lines: "sum", "letters", "code",
+    "fact", "problem" and "nouns"."""
+    tables = tomllib.loads(_static("skills.toml"))
+    return {table: {name: tuple(lines if isinstance(lines, list) else lines.strip().split("\n"))
+                    for name, lines in rows.items()} for table, rows in tables.items()}
+
 # %% ../nbs/01_corpus.ipynb #cast
 ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups,
     stamps, cards, marbles, ribbons, baskets, tickets, cookies, flowers, stones, pencils, hats,
@@ -993,7 +1006,9 @@ def _cast(rng: random.Random, world: World) -> dict:
     if rng.random() < 0.33:
         he = pick(rng, ("he", "she"))
         name, other = rng.sample(GUESTS[he], 2)
-    return {"A": name, "C": other, "he": he, "He": capital(he),
+    him, his = {"he": ("him", "his"), "she": ("her", "her")}[he]
+    return {"A": name, "C": other, "he": he, "He": capital(he), "him": him, "his": his,
+            "His": capital(his), "B": other, "things": pick(rng, wordings()["nouns"]["things"]),
             "T": pick(rng, world.places).name, "i": pick(rng, ITEMS), "k": pick(rng, CONTAINERS),
             "z": int(rng.random() * 40) + 11}
 
@@ -1123,8 +1138,46 @@ def _money(rng: random.Random, names: dict) -> Problem:
         text.append(ask("How many coins does {he} earn in {c} days?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
+# %% ../nbs/01_corpus.ipynb #everyday
+@lru_cache(maxsize=1)
+def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...]:
+    """(question, steps) of every line; a step is (operand, operation, operand)."""
+    split = (line.split(" => ") for line in wordings()["problem"]["everyday"])
+    return tuple((question, tuple(re.fullmatch(r"(\w+) *([-+*/]) *(\w+)", step.strip()).groups()
+                                  for step in steps.split(";"))) for question, steps in split)
+
+
+def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
+    """A number for each of a, b, c, d: small where it multiplies or divides."""
+    most = rng.choice((30, 100))
+    values = {v: rng.randrange(2, most) for v in "abcd"}          # some only distract
+    for left, op, right in steps:
+        values |= {v: rng.randrange(2, 13) for v in (left, right) if op in "*/" and v in values}
+    for left, op, right in steps:
+        if op == "/" and left in values and (right in values or right.isdigit()):
+            values[left] = rng.randrange(2, 13) * (values.get(right) or int(right))
+    return values
+
+
+def _everyday(rng: random.Random, names: dict) -> Problem:
+    """One of the lines of everyday life, with numbers with which every step gives a whole one."""
+    question, steps = pick(rng, _everyday_lines())
+    while True:
+        values, done = _numbers(steps, rng), []
+        for result, (left, op, right) in zip("xyz", steps):
+            a, b = (values[v] if v in values else int(v) for v in (left, right))
+            done.append(_step("", a, op, b, ""))
+            values[result] = done[-1][2]
+            if values[result] < 1 or op == "/" and a % b:
+                break
+        else:
+            break
+    words = rng.random() < 0.15 and "$" not in question           # as in "three boxes"
+    said = {v: in_words(n) if words and n < 13 else n for v, n in values.items()}
+    return Problem(capital(say(question, rng, names | said)), tuple(done))
+
 # %% ../nbs/01_corpus.ipynb #word-problem
-PROBLEM_KINDS = (_chain, _chain, _compare, _groups, _money)
+PROBLEM_KINDS = (_everyday,) * 4 + (_chain, _chain, _compare, _groups, _money)
 
 
 def word_problem(rng: random.Random, split: str, *, world: World | None = None) -> Problem:
@@ -1172,10 +1225,6 @@ def _solved(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-def _static(name: str) -> str:
-    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
-
-
 WORDS = tuple(_static("words.txt").split())     # 4,639 plain words; the file is a list of them
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()
@@ -1406,24 +1455,27 @@ def message_text(message: dict) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in message["content"])
 
 # %% ../nbs/01_corpus.ipynb #word-problem-2
-SUM_QUESTIONS = ("What is {s}?", "What is {s}?", "How much is {s}?", "Calculate {s}.", "{s}",
-                 "{s}", "{s} = ?", "{s}=", "Compute {s}.", "What's {s}?", "What does {s} make?",
-                 "Can you tell me what {s} is?", "Solve {s}.", "{s}?", "What do you get for {s}?")
-_SPOKEN = {"+": ("+", " + ", " plus "), "-": ("-", " - ", " minus "),
-           "*": ("*", " * ", " times ", " x "), "/": ("/", " / ", " divided by ")}
+_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")), "-": ("minus", ("-", " - ", " minus ")),
+           "*": ("times", ("*", " * ", " times ", " x ")), "/": ("divided", ("/", " / ", " divided by "))}
 
 
 def _sum(rng: random.Random, split: str) -> Problem:
     """A bare sum, as people type it to try a calculator."""
     while True:
-        op = pick(rng, "++-**/")
+        op = pick(rng, "+-*/")
         most = 1000 if rng.random() < 0.3 else 100 if op in "+-" else 13
         a, b = rng.randrange(2, most), rng.randrange(2, 13 if op in "*/" else most)
         a, b = (max(a, b), min(a, b)) if op == "-" else (a * b, b) if op == "/" else (a, b)
-        step = _step("", a, op, b, "")
-        if sum_split(step[1]) == split:
-            said = f"{a}{pick(rng, _SPOKEN[op])}{b}"
-            return Problem(pick(rng, SUM_QUESTIONS).format(s=said), (step,))
+        if sum_split(f"{a}{op}{b}") == split:
+            break
+    name, signs = _SPOKEN[op]
+    said = {"a": a, "b": b}
+    if rng.random() < 0.1 and a < 1000:
+        said, signs = {"a": in_words(a), "b": in_words(b)}, signs[2:3]
+    said["s"] = "{a}{sign}{b}".format(sign=pick(rng, signs), **said)
+    asked = rng.random()
+    line = "{s}" if asked < 0.2 else pick(rng, wordings()["sum"]["any" if asked < 0.7 else name])
+    return Problem(say(line, rng, said), (_step("", a, op, b, ""),))
 
 
 def _word_problem(world: World, rng: random.Random, split: str) -> dict:
@@ -1442,20 +1494,14 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
             "topic": f"{len(problem.steps)} steps"}
 
 # %% ../nbs/01_corpus.ipynb #letters
-COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?",
-                   "Count the letter {l} in the word {w}.", "How many {l} are there in {w}?",
-                   "How often is the letter {l} in {w}?", "How many letters {l} has {w}?",
-                   "In the word {w}, how many {l} are there?", "Number of {l} in {w}?",
-                   "How many {l}'s are in {w}?", "How many {l}'s are there in the word {w}?",
-                   "Count the {l}'s in {w}.", "Does {w} have the letter {l}, and how often?")
-SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, please.",
-                   "How is {w} spelled?", "Which letters are in {w}?", "Can you spell {w}?",
-                   "How do I spell {w}?", "Spell {w} for me.", "How is {w} written?")
+def _asked_word(word: str, rng: random.Random) -> str:
+    """The word as it may be typed; what we answer is always in lower case."""
+    return word if rng.random() < 0.93 else pick(rng, (word.upper(), capital(word)))
 
 
 def _spell(rng: random.Random, word: str) -> dict:
     spelled = ",".join(word)
-    asked = pick(rng, SPELL_QUESTIONS).format(w=word)
+    asked = say(pick(rng, wordings()["letters"]["spell"]), rng, {"w": _asked_word(word, rng)})
     return {"messages": turns(asked, f"The word {word} is spelled {spelled}"), "answer": spelled,
             "topic": "spell"}
 
@@ -1474,7 +1520,9 @@ def _letters(world: World, rng: random.Random, split: str) -> dict:
              {"type": "python", "text": f"'{spelled}'.count('{letter}')"},
              {"type": "python_output", "text": str(n)},
              {"type": "text", "text": f"\n#### {n}"}]
-    return {"messages": turns(pick(rng, COUNT_QUESTIONS).format(l=letter, w=word), parts),
+    asked = say(pick(rng, wordings()["letters"]["count"]), rng,
+                {"l": letter, "w": _asked_word(word, rng)})
+    return {"messages": turns(asked, parts),
             "answer": str(n), "topic": "count"}
 
 # %% ../nbs/01_corpus.ipynb #choice
@@ -1495,16 +1543,15 @@ def _choice_aloud(world: World, rng: random.Random, split: str) -> dict:
     return out
 
 # %% ../nbs/01_corpus.ipynb #code
-CODE_REQUESTS = ("Write a Python function {n}({a}). {d}",
-                 "Write a Python function called {n} that takes {a}. {d}",
-                 'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```')
+_CODE_BLOCK = 'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```'
 
 
 def _code(world: World, rng: random.Random, split: str) -> dict:
     """Write a function. `tests` are assert lines whose expected values come from the
     specification."""
     f = small_function(rng, split)
-    request = pick(rng, CODE_REQUESTS).format(n=f.name, a=f.argument, d=f.doc)
+    line = _CODE_BLOCK if rng.random() < 0.2 else pick(rng, wordings()["code"]["asks"])
+    request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc})
     tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}"
                       for value in EXAMPLE_INPUTS[f.argument])
     return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests,
@@ -1540,7 +1587,9 @@ def ways(line: str) -> frozenset[str]:
     return frozenset(" ".join(re.findall(r"[a-z0-9{}]+", text)) for text in short)
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
-_OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
+def _opener(rng: random.Random) -> str:
+    """What may stand before a question; most often nothing."""
+    return "" if rng.random() < 0.6 else pick(rng, wordings()["fact"]["openers"])
 
 
 @lru_cache(maxsize=None)
@@ -1613,7 +1662,7 @@ def _identity(world: World, rng: random.Random, split: str) -> dict:
     if rng.random() < 0.2:
         contents = *_topic_turn("small_talk", rng, "train")[1:3], ask, reply
     else:
-        contents = pick(rng, _OPENERS) + ask, reply
+        contents = _opener(rng) + ask, reply
     return _talk(word, topic, *contents) | {"question": line}
 
 
@@ -1638,7 +1687,7 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
         ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng,
                   {"n": fact.subject})
         return _talk(fact.value, fact.kind, ask, " ".join(pick(rng, f.replies) for f in about))
-    return _talk(fact.value, fact.kind, pick(rng, _OPENERS) + pick(rng, fact.questions), reply)
+    return _talk(fact.value, fact.kind, _opener(rng) + pick(rng, fact.questions), reply)
 
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
@@ -1736,7 +1785,7 @@ def _beyond(world: World, rng: random.Random, split: str) -> dict:
     topic = pick(rng, ("knowledge", "knowledge", "request", "noise"))
     if topic != "noise":
         topic, ask, reply, word, line = _topic_turn("beyond", rng, split, topic=topic)
-        return _talk(word, topic, pick(rng, _OPENERS) + ask, reply) | {"question": line}
+        return _talk(word, topic, _opener(rng) + ask, reply) | {"question": line}
     while split_of("noise", noise := _noise(rng)) != split:
         pass
     unclear = talk()["small_talk"]["unclear"]
