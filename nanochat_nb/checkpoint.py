@@ -182,7 +182,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 # %% ../nbs/06_checkpoint.ipynb #checkpoint
 @dataclass
 class Checkpoint:
-    """What was read: states for `GPT.load_state_dict` and, if saved, `MuonAdamW.load_full_state`."""
+    """What was read: states for `GPT.load_state_dict` and, if saved, for the optimizer."""
     step: int
     meta: dict
     model_state: dict[str, Tensor]
@@ -223,8 +223,8 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
     """The model of a run's stage (base, sft or rl), its tokenizer, and the checkpoint's meta.
 
     Weights are float32 and can be trained further; to generate in bfloat16,
-    `model.inference_copy()` saves the casts.
-    Raises UserError for a run or stage that is not there and for a tokenizer that is not the checkpoint's.
+    `model.inference_copy()` saves the casts. Raises UserError for a run or stage that is not there
+    and for a tokenizer that is not the checkpoint's.
     """
     run = Path(run)
     have = [p.name for p in sorted(run.glob("*")) if list_checkpoints(p)]
@@ -243,7 +243,8 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
 
 # %% ../nbs/06_checkpoint.ipynb #our-name
 NANOCHAT_NAMES = (("_orig_mod.", ""), ("transformer.wte.", "wte."), ("transformer.h.", "blocks."),
-                  (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."), (".attn.c_v.", ".attn.v."),
+                  (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."),
+                  (".attn.c_v.", ".attn.v."),
                   (".attn.c_proj.", ".attn.out."), (".attn.ve_gate.", ".attn.gate."),
                   (".mlp.c_fc.", ".mlp.up."), (".mlp.c_proj.", ".mlp.down."))
 
@@ -269,14 +270,14 @@ def neutral_weights(config: GPTConfig) -> dict[str, Tensor]:
 
 # %% ../nbs/06_checkpoint.ipynb #pad-vocabulary
 def pad_vocabulary(state: dict[str, Tensor], rows: int) -> None:
-    """Append zero rows to October's embedding and output matrices, whose vocabulary is not padded."""
+    """Append zero rows to October's embedding and output matrices, which are not padded."""
     for name in ("wte.weight", "lm_head.weight"):
         missing = rows - len(state[name])
         state[name] = torch.cat([state[name], state[name].new_zeros(missing, state[name].size(1))])
 
 # %% ../nbs/06_checkpoint.ipynb #encodingonly
 class EncodingOnly(pickle.Unpickler):
-    """Reads a pickled tiktoken Encoding as plain data; anything else that the pickle names is refused."""
+    """Reads a pickled tiktoken Encoding as plain data; anything else it names is refused."""
 
     class Plain:
         def __setstate__(self, state):
@@ -297,9 +298,10 @@ def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
     with open(path, "rb") as f:
         try:
             state = EncodingOnly(f).load().state
-            ranks, pattern, special = (state[k]
-                                       for k in ("mergeable_ranks", "pat_str", "special_tokens"))
-        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
+            ranks, pattern, special = (
+                state[k] for k in ("mergeable_ranks", "pat_str", "special_tokens"))
+        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError,
+                IndexError) as error:
             raise UserError(f"{path} is not a pickled tiktoken Encoding") from error
     return Tokenizer.from_ranks(ranks, pattern=pattern, special_tokens=special)
 
@@ -340,8 +342,8 @@ def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | 
     try:
         model = make_model(config, state, device, dtype or torch.float32)
     except RuntimeError as error:
-        raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, or not of nanochat: "
-                        + " ".join(str(error).split()[:40])) from error
+        raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, "
+                        f"or not of nanochat: {' '.join(str(error).split()[:40])}") from error
     tokenizer = read_nanochat_tokenizer(tokenizer_dir) if tokenizer_dir else None
     if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens, "
