@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import struct
 import sys
@@ -27,9 +26,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['SAFETENSORS_NAMES', 'NANOCHAT_NAMES', 'OCTOBER_2025', 'safetensors_header', 'write_safetensors', 'meta_hash',
-           'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'save_checkpoint', 'what_is_wrong',
-           'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model', 'our_name',
-           'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
+           'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'step_of', 'save_checkpoint',
+           'what_is_wrong', 'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model',
+           'our_name', 'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
            'import_nanochat']
 
 # %% ../nbs/06_checkpoint.ipynb #safetensors-header
@@ -122,6 +121,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     found |= {p.name[5:]: p for p in Path(folder).glob("step_*")}
     return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder, whichever of its names that is."""
+    return int("".join(filter(str.isdecimal, path.name)))
+
 # %% ../nbs/06_checkpoint.ipynb #save-checkpoint
 def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
                     optimizer: MuonAdamW | None = None, meta: dict | None = None,
@@ -141,7 +145,7 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
         try:
             facts = {"step": step, "config": asdict(model.config)}
             write_checkpoint(path, tensors, (meta or {}) | facts)
-            for old in [p for p in list_checkpoints(folder) if p.name <= path.name][:-keep]:
+            for old in [p for p in list_checkpoints(folder) if step_of(p) <= step][:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:             # the other ranks wait for news, good or bad
             problem = error
