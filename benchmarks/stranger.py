@@ -4,20 +4,23 @@
 
 `stranger.json` holds six questions for each topic of `static/talk.toml`'s tables "identity" and "small_talk", written from the
 topics' names alone; 90 questions about our world, 40 requests and 30 lines of noise, to which the right answer is that it does
-not know, cannot do it, or did not understand; and 30 introductions ("Hi! I am Tom and I live in Berlin"), of which something is
-asked in the next turn. A reply counts when it contains the topic's word; the likeliest token is taken. The second column
-leaves out what is, but for spelling, one of the course's own lines.
+not know, cannot do it, or did not understand; 30 introductions ("Hi! I am Tom and I live in Berlin"), of which something is
+asked in the next turn; and 40 each of bare sums, problems in words and spelling questions. A reply counts when it contains the
+topic's word, or ends with the right number or letters; the likeliest token is taken. The second column leaves out what is, but
+for spelling, one of the course's own lines. The last rows ask the held-out questions of the evaluation twice: as they are
+written, and as somebody in haste types them.
 """
 import argparse
 import json
+import random
 from pathlib import Path
 
 from nanochat_nb.checkpoint import load_model
-from nanochat_nb.corpus import talk, turns, ways
+from nanochat_nb.corpus import in_haste, talk, turns, ways
 from nanochat_nb.inference import Engine
 from nanochat_nb.rl import answer_text
 from nanochat_nb.runtime import start_runtime
-from nanochat_nb.tasks import contains_phrase
+from nanochat_nb.tasks import contains_phrase, embedded_task, judge_letters, judge_number
 
 
 def word_of(table: str, topic: str) -> str:
@@ -26,11 +29,35 @@ def word_of(table: str, topic: str) -> str:
     return talk()[table][topic]["word"]
 
 
-def ask(engine: Engine, tokenizer, conversations: list[list[str]]) -> list[str]:
+def ask(engine: Engine, tokenizer, conversations: list[list[str]], max_new_tokens: int = 60) -> list[str]:
     """The likeliest reply to each conversation, which is a list of turns ending with the user's."""
     prompts = [tokenizer.render_for_completion({"messages": turns(*c)}) for c in conversations]
-    groups = engine.generate(prompts, max_new_tokens=60, temperature=0.0)
+    groups = engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=0.0)
     return [answer_text(tokenizer, group[0].ids) for group in groups]
+
+
+def skills(engine: Engine, tokenizer, questions: dict[str, list[dict]], misses: bool) -> None:
+    """Sums, problems in words, and spelling, in a stranger's words."""
+    for kind, judge in (("sum", judge_number), ("problem", judge_number), ("letters", judge_letters)):
+        asked = [q | {"messages": turns(q["ask"], "")} for q in questions[kind]]
+        replies = ask(engine, tokenizer, [[q["ask"]] for q in asked], max_new_tokens=160)
+        right = [judge(q, r) for q, r in zip(asked, replies)]
+        print(f"| {kind} | {sum(right) / len(right):.1%} of {len(right)} | |")
+        for ok, q, r in zip(right, asked, replies) if misses else ():
+            if not ok:
+                print(f"    {q['ask']} -> {r!r}")
+
+
+def haste(engine: Engine, tokenizer) -> None:
+    """The evaluation's own questions, as they are and in haste."""
+    for kind in ("fact", "unknown", "letters", "word_problem"):
+        task, scores = embedded_task(kind, "test", limit=100), []
+        for typed in (lambda text: text, lambda text: in_haste(text, random.Random(text))):
+            asked = [[typed(m["content"]) if m["role"] == "user" else m["content"] for m in c["messages"][:-1]]
+                     for c in task]
+            right = [task.evaluate(c, r) for c, r in zip(task, ask(engine, tokenizer, asked, max_new_tokens=160))]
+            scores.append(sum(right) / len(right))
+        print(f"| {kind}: as written, in haste | {scores[0]:.1%}, {scores[1]:.1%} of {len(task)} | |")
 
 
 def main() -> None:
@@ -44,6 +71,7 @@ def main() -> None:
     engine = Engine(model, tokenizer)
     questions = json.loads(Path(__file__).with_name("stranger.json").read_text(encoding="utf-8"))
     introductions = questions.pop("introduction")
+    of_skill = {kind: questions.pop(kind) for kind in ("sum", "problem", "letters")}
     print("| table | all | not among the course's lines |\n|---|---:|---:|")
     for table, topics in questions.items():
         known = set().union(*(ways(line) for topic in talk()[table].values() for line in topic["asks"]))
@@ -62,6 +90,8 @@ def main() -> None:
     for ok, i, f, r in zip(right, introductions, first, replies) if args.misses else ():
         if not ok:
             print(f"    {i['tell']} -> {f} / {i['ask']} -> {r}")
+    skills(engine, tokenizer, of_skill, args.misses)
+    haste(engine, tokenizer)
 
 
 if __name__ == "__main__":

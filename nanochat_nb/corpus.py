@@ -35,14 +35,14 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
-           'GAINS', 'LOSSES', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
-           'CONVERSATION_KINDS', 'COUNT_QUESTIONS', 'SPELL_QUESTIONS', 'CODE_REQUESTS', 'MEMORY', 'WRITERS',
-           'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
-           'get_world', 'say', 'pick', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
-           'render_choice_aloud', 'aloud', 'draw_choices', 'quiz', 'Problem', 'sum_split', 'in_words', 'word_problem',
-           'arithmetic', 'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
-           'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation',
-           'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
+           'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS',
+           'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA',
+           'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story',
+           'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices',
+           'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic',
+           'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code', 'turns',
+           'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation', 'transcript',
+           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
            'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
            'TextSource', 'open_text', 'load_hf_rows']
 
@@ -882,6 +882,18 @@ def draw_choices(fact: Fact, rng: random.Random) -> list[str]:
     rng.shuffle(choices)
     return choices
 
+# %% ../nbs/01_corpus.ipynb #in-haste
+_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
+          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
+          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
+_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
+
+
+def in_haste(asked: str, rng: random.Random) -> str:
+    """`asked` in lower case without its last mark, sometimes with short forms."""
+    asked = asked.lower().rstrip(".?! ")
+    return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked) if rng.random() < 0.4 else asked
+
 # %% ../nbs/01_corpus.ipynb #quiz
 _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} {a}")
 
@@ -889,6 +901,8 @@ _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} 
 def _quiz_line(fact: Fact, rng: random.Random, form: str) -> str:
     question = pick(rng, fact.questions)
     if rng.random() < 0.7:
+        if rng.random() < 0.2:                   # the same names, as people in a hurry type them
+            question = in_haste(question, rng)
         return form.format(q=question, a=pick(rng, fact.replies))
     choices = draw_choices(fact, rng)
     letter = "ABCD"[choices.index(fact.value)]
@@ -951,23 +965,50 @@ def in_words(n: int) -> str:
         return _TENS[n // 10] + (f"-{_SMALL[n % 10]}" if n % 10 else "")
     return _SMALL[n]
 
+# %% ../nbs/01_corpus.ipynb #skill-lines
+def _static(name: str) -> str:
+    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def wordings() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The tables of `static/skills.toml`, each a name → its lines: "sum", "letters", "code",
+    "fact", "problem" and "nouns"."""
+    tables = tomllib.loads(_static("skills.toml"))
+    return {table: {name: tuple(lines if isinstance(lines, list) else lines.strip().split("\n"))
+                    for name, lines in rows.items()} for table, rows in tables.items()}
+
 # %% ../nbs/01_corpus.ipynb #cast
 ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups,
     stamps, cards, marbles, ribbons, baskets, tickets, cookies, flowers, stones, pencils, hats,
     keys, kites""")
 CONTAINERS = _list("boxes, bags, jars, baskets, crates, drawers")
-GAINS = ("{A} [gets|buys|finds] {b} more", "{C} gives {A} {b} more",
-         "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more")
-LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} to {C}",
-          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them")
+GAINS = ("{A} [gets|buys|finds|makes] {b} more[| {i}]", "{C} gives {A} {b} more[| {i}]",
+         "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more",
+         "{He} [gets|buys|finds|receives] {b} more[| {i}| from {C}]",
+         "{b} more {i} [arrive|are added]")
+LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} [|of them ]to {C}",
+          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them",
+          "{He} [loses|sells|gives away|throws away|uses] {b}[| of them| {i}]",
+          "{He} gives {C} {b}[| of them| {i}]")
+# a third of the people in problems are nobody of the world: a visitor brings names of his own
+GUESTS = {"she": _list("""Sarah, Anna, Maria, Mary, Lisa, Kate, Jane, Susan, Amy, Julia, Emily,
+    Laura, Alice, Jenny, Sophie, Mia, Lucy, Karen, Linda, Eva, Natalie, Priya, Fatima, Mei"""),
+          "he": _list("""Tom, John, Peter, Mark, David, Sam, Ben, Max, Mike, Bob, Tim, Alex, James,
+    Daniel, Chris, Robert, Eric, Adam, Joe, Nick, Jake, Ali, Raj, Ken""")}
 ASIDES = ("{C} is {z} years old.", "It is {z} miles to {T}.", "It is {z} minutes past noon.",
           "There are {z} houses in the street.", "{A} has walked for {z} minutes.")
 
 
 def _cast(rng: random.Random, world: World) -> dict:
     a, c = pick(rng, world.people), pick(rng, world.people)
-    return {"A": a.short, "C": c.short if c is not a else "a friend", "he": a.pronoun,
-            "He": capital(a.pronoun),
+    name, other, he = a.short, c.short if c is not a else "a friend", a.pronoun
+    if rng.random() < 0.33:
+        he = pick(rng, ("he", "she"))
+        name, other = rng.sample(GUESTS[he], 2)
+    him, his = {"he": ("him", "his"), "she": ("her", "her")}[he]
+    return {"A": name, "C": other, "he": he, "He": capital(he), "him": him, "his": his,
+            "His": capital(his), "B": other, "things": pick(rng, wordings()["nouns"]["things"]),
             "T": pick(rng, world.places).name, "i": pick(rng, ITEMS), "k": pick(rng, CONTAINERS),
             "z": int(rng.random() * 40) + 11}
 
@@ -983,6 +1024,8 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         text.append(capital(ask(pick(rng, GAINS if gain else LOSSES))) + ".")
         steps.append(_step(ask("{A} [now has|then has] "), value, "+-"[not gain], b, ask(" {i}.")))
         value = steps[-1][2]
+    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:      # in one sentence
+        text[:2] = [f"{text[0][:-1]} and {text[1].split(' ', 1)[1]}"]
     end = rng.random()
     shares = [k for k in range(2, 10) if value % k == 0 and value > k]
     if end < 0.2:
@@ -998,7 +1041,9 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         steps.append(_step("Each gets " if "friend get" in text[-1] else "In each there are ",
                            value, "/", c, ask(" {i}.")))
     else:
-        text.append(ask("How many {i} [does {A} have now|are there now|does {A} have in the end]?"))
+        left = "" if gain else "|does {he} have left|are left|does {A} have left"
+        text.append(ask("How many {i} [does {A} have now|are there now|does {A} have in the end|"
+                        "does {he} have|does {he} have now|does {A} have in total" + left + "]?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
 
@@ -1093,8 +1138,46 @@ def _money(rng: random.Random, names: dict) -> Problem:
         text.append(ask("How many coins does {he} earn in {c} days?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
+# %% ../nbs/01_corpus.ipynb #everyday
+@lru_cache(maxsize=1)
+def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...]:
+    """(question, steps) of every line; a step is (operand, operation, operand)."""
+    split = (line.split(" => ") for line in wordings()["problem"]["everyday"])
+    return tuple((question, tuple(re.fullmatch(r"(\w+) *([-+*/]) *(\w+)", step.strip()).groups()
+                                  for step in steps.split(";"))) for question, steps in split)
+
+
+def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
+    """A number for each of a, b, c, d: small where it multiplies or divides."""
+    most = rng.choice((30, 100))
+    values = {v: rng.randrange(2, most) for v in "abcd"}          # some only distract
+    for left, op, right in steps:
+        values |= {v: rng.randrange(2, 13) for v in (left, right) if op in "*/" and v in values}
+    for left, op, right in steps:
+        if op == "/" and left in values and (right in values or right.isdigit()):
+            values[left] = rng.randrange(2, 13) * (values.get(right) or int(right))
+    return values
+
+
+def _everyday(rng: random.Random, names: dict) -> Problem:
+    """One of the lines of everyday life, with numbers with which every step gives a whole one."""
+    question, steps = pick(rng, _everyday_lines())
+    while True:
+        values, done = _numbers(steps, rng), []
+        for result, (left, op, right) in zip("xyz", steps):
+            a, b = (values[v] if v in values else int(v) for v in (left, right))
+            done.append(_step("", a, op, b, ""))
+            values[result] = done[-1][2]
+            if values[result] < 1 or op == "/" and a % b:
+                break
+        else:
+            break
+    words = rng.random() < 0.15 and "$" not in question           # as in "three boxes"
+    said = {v: in_words(n) if words and n < 13 else n for v, n in values.items()}
+    return Problem(capital(say(question, rng, names | said)), tuple(done))
+
 # %% ../nbs/01_corpus.ipynb #word-problem
-PROBLEM_KINDS = (_chain, _chain, _compare, _groups, _money)
+PROBLEM_KINDS = (_everyday,) * 4 + (_chain, _chain, _compare, _groups, _money)
 
 
 def word_problem(rng: random.Random, split: str, *, world: World | None = None) -> Problem:
@@ -1142,10 +1225,6 @@ def _solved(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-def _static(name: str) -> str:
-    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
-
-
 WORDS = tuple(_static("words.txt").split())     # 4,639 plain words; the file is a list of them
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()
@@ -1376,8 +1455,34 @@ def message_text(message: dict) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in message["content"])
 
 # %% ../nbs/01_corpus.ipynb #word-problem-2
+_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")), "-": ("minus", ("-", " - ", " minus ")),
+           "*": ("times", ("*", " * ", " times ", " x ")), "/": ("divided", ("/", " / ", " divided by "))}
+
+
+def _sum(rng: random.Random, split: str) -> Problem:
+    """A bare sum, as people type it to try a calculator."""
+    while True:
+        op = pick(rng, "+-*/")
+        most = 1000 if rng.random() < 0.3 else 100 if op in "+-" else 13
+        a, b = rng.randrange(2, most), rng.randrange(2, 13 if op in "*/" else most)
+        a, b = (max(a, b), min(a, b)) if op == "-" else (a * b, b) if op == "/" else (a, b)
+        if sum_split(f"{a}{op}{b}") == split:
+            break
+    name, signs = _SPOKEN[op]
+    said = {"a": a, "b": b}
+    if rng.random() < 0.1 and a < 1000:
+        said, signs = {"a": in_words(a), "b": in_words(b)}, signs[2:3]
+    said["s"] = "{a}{sign}{b}".format(sign=pick(rng, signs), **said)
+    asked = rng.random()
+    line = "{s}" if asked < 0.2 else pick(rng, wordings()["sum"]["any" if asked < 0.7 else name])
+    return Problem(say(line, rng, said), (_step("", a, op, b, ""),))
+
+
 def _word_problem(world: World, rng: random.Random, split: str) -> dict:
-    problem = word_problem(rng, split, world=world)
+    """A problem solved with the calculator; one in eight in training is a bare sum, of which the
+    exam, being about problems in words, has none."""
+    bare = split == "train" and rng.random() < 0.125
+    problem = _sum(rng, split) if bare else word_problem(rng, split, world=world)
     parts, before = [], ""
     for words, expression, value, after in problem.steps:
         parts += [{"type": "text", "text": f"{before}{words}{expression} = "},
@@ -1389,17 +1494,14 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
             "topic": f"{len(problem.steps)} steps"}
 
 # %% ../nbs/01_corpus.ipynb #letters
-COUNT_QUESTIONS = ("How many {l} are in {w}?", "How many times does {l} appear in {w}?",
-                   "Count the letter {l} in the word {w}.", "How many {l} are there in {w}?",
-                   "How often is the letter {l} in {w}?", "How many letters {l} has {w}?",
-                   "In the word {w}, how many {l} are there?", "Number of {l} in {w}?")
-SPELL_QUESTIONS = ("Spell {w}.", "How do you spell {w}?", "Spell the word {w}, please.",
-                   "How is {w} spelled?", "Which letters are in {w}?")
+def _asked_word(word: str, rng: random.Random) -> str:
+    """The word as it may be typed; what we answer is always in lower case."""
+    return word if rng.random() < 0.93 else pick(rng, (word.upper(), capital(word)))
 
 
 def _spell(rng: random.Random, word: str) -> dict:
     spelled = ",".join(word)
-    asked = pick(rng, SPELL_QUESTIONS).format(w=word)
+    asked = say(pick(rng, wordings()["letters"]["spell"]), rng, {"w": _asked_word(word, rng)})
     return {"messages": turns(asked, f"The word {word} is spelled {spelled}"), "answer": spelled,
             "topic": "spell"}
 
@@ -1418,7 +1520,9 @@ def _letters(world: World, rng: random.Random, split: str) -> dict:
              {"type": "python", "text": f"'{spelled}'.count('{letter}')"},
              {"type": "python_output", "text": str(n)},
              {"type": "text", "text": f"\n#### {n}"}]
-    return {"messages": turns(pick(rng, COUNT_QUESTIONS).format(l=letter, w=word), parts),
+    asked = say(pick(rng, wordings()["letters"]["count"]), rng,
+                {"l": letter, "w": _asked_word(word, rng)})
+    return {"messages": turns(asked, parts),
             "answer": str(n), "topic": "count"}
 
 # %% ../nbs/01_corpus.ipynb #choice
@@ -1439,16 +1543,15 @@ def _choice_aloud(world: World, rng: random.Random, split: str) -> dict:
     return out
 
 # %% ../nbs/01_corpus.ipynb #code
-CODE_REQUESTS = ("Write a Python function {n}({a}). {d}",
-                 "Write a Python function called {n} that takes {a}. {d}",
-                 'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```')
+_CODE_BLOCK = 'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```'
 
 
 def _code(world: World, rng: random.Random, split: str) -> dict:
     """Write a function. `tests` are assert lines whose expected values come from the
     specification."""
     f = small_function(rng, split)
-    request = pick(rng, CODE_REQUESTS).format(n=f.name, a=f.argument, d=f.doc)
+    line = _CODE_BLOCK if rng.random() < 0.2 else pick(rng, wordings()["code"]["asks"])
+    request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc})
     tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}"
                       for value in EXAMPLE_INPUTS[f.argument])
     return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests,
@@ -1474,12 +1577,6 @@ def fillers() -> dict[str, tuple[str, ...]]:
     return {slot: tuple(text.strip().split("\n")) for slot, text in lists.items()}
 
 # %% ../nbs/01_corpus.ipynb #plain-line
-_SHORT = {"you": "u", "your": "ur", "are": "r", "please": "pls", "what is": "whats",
-          "what's": "whats", "do not": "dont", "don't": "dont", "i am": "im", "i'm": "im",
-          "thank you": "thx", "thanks": "thx", "because": "cuz", "want to": "wanna"}
-_SHORTENED = re.compile(rf"\b({'|'.join(map(re.escape, _SHORT))})\b")
-
-
 @lru_cache(maxsize=None)
 def ways(line: str) -> frozenset[str]:
     """Everything that a line with [a|b] can say, without what spelling adds: case, marks, and whether
@@ -1490,7 +1587,9 @@ def ways(line: str) -> frozenset[str]:
     return frozenset(" ".join(re.findall(r"[a-z0-9{}]+", text)) for text in short)
 
 # %% ../nbs/01_corpus.ipynb #topic-turn
-_OPENERS = ("", "", "", "", "Hello! ", "Hi. ", "Please tell me: ", "One question: ")
+def _opener(rng: random.Random) -> str:
+    """What may stand before a question; most often nothing."""
+    return "" if rng.random() < 0.6 else pick(rng, wordings()["fact"]["openers"])
 
 
 @lru_cache(maxsize=None)
@@ -1506,8 +1605,11 @@ def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=None)
 def _trained(table: str) -> frozenset[str]:
-    return frozenset(way for topic in talk()[table] for line in lines_of(table, topic, "train")
-                     for way in ways(line))
+    """Every way in which training may say a line of `table`, also with a word left out."""
+    said = {way for topic in talk()[table] for line in lines_of(table, topic, "train")
+            for way in ways(line)}
+    long = [way.split() for way in said if way.count(" ") > 2]
+    return frozenset(said | {" ".join(w[:i] + w[i + 1:]) for w in long for i in range(len(w))})
 
 
 def _topic_turn(table: str, rng: random.Random, split: str, *,
@@ -1531,19 +1633,23 @@ def _filled(line: str, rng: random.Random, split: str) -> str:
     return say(line, rng, names)
 
 # %% ../nbs/01_corpus.ipynb #as-typed
+def _hasten(messages: list[dict], rng: random.Random) -> None:
+    """Let the user of a conversation type in haste from beginning to end."""
+    for message in messages[:-1:2]:
+        message["content"] = in_haste(message["content"], rng)
+
+
 def _as_typed(asked: str, more: str, rng: random.Random) -> str:
     """Half of the time another form of `asked`: in lower case without its last mark, also with
     short forms; with a word left out; or with `more` behind it."""
     words = asked.split(" ")
-    form = pick(rng, ("lower", "short", "gap", "gap", "both", "", "", "", "", ""))
+    form = pick(rng, ("haste", "haste", "gap", "gap", "both", "", "", "", "", ""))
     if form == "gap" and len(words) > 3:
         words.pop(rng.randrange(len(words)))
         return " ".join(words)
     if form == "both" and asked[-1] in ".?!":
         return f"{asked} {more}"
-    if form == "short":
-        return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked.lower()).rstrip(".?!")
-    return asked.lower().rstrip(".?!") if form == "lower" else asked
+    return in_haste(asked, rng) if form == "haste" else asked
 
 # %% ../nbs/01_corpus.ipynb #who-it-is
 def _talk(answer: str, topic: str, *contents: str) -> dict:
@@ -1556,7 +1662,7 @@ def _identity(world: World, rng: random.Random, split: str) -> dict:
     if rng.random() < 0.2:
         contents = *_topic_turn("small_talk", rng, "train")[1:3], ask, reply
     else:
-        contents = pick(rng, _OPENERS) + ask, reply
+        contents = _opener(rng) + ask, reply
     return _talk(word, topic, *contents) | {"question": line}
 
 
@@ -1581,14 +1687,14 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
         ask = say("[Tell me about {n}.|What do you know about {n}?|Who or what is {n}?]", rng,
                   {"n": fact.subject})
         return _talk(fact.value, fact.kind, ask, " ".join(pick(rng, f.replies) for f in about))
-    return _talk(fact.value, fact.kind, pick(rng, _OPENERS) + pick(rng, fact.questions), reply)
+    return _talk(fact.value, fact.kind, _opener(rng) + pick(rng, fact.questions), reply)
 
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
-    "name": tuple(WOMEN + MEN), "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
+    "name": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
     + fillers()["city"], "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS,
     "hobby": HOBBIES, "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
-    "friend": tuple(WOMEN + MEN), "animal": SPECIES, "birthday": MONTHS}
+    "friend": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "animal": SPECIES, "birthday": MONTHS}
 _NAMES = ("name", "home", "pet", "friend")         # of these nobody can know all that there are
 
 
@@ -1679,7 +1785,7 @@ def _beyond(world: World, rng: random.Random, split: str) -> dict:
     topic = pick(rng, ("knowledge", "knowledge", "request", "noise"))
     if topic != "noise":
         topic, ask, reply, word, line = _topic_turn("beyond", rng, split, topic=topic)
-        return _talk(word, topic, pick(rng, _OPENERS) + ask, reply) | {"question": line}
+        return _talk(word, topic, _opener(rng) + ask, reply) | {"question": line}
     while split_of("noise", noise := _noise(rng)) != split:
         pass
     unclear = talk()["small_talk"]["unclear"]
@@ -1688,7 +1794,8 @@ def _beyond(world: World, rng: random.Random, split: str) -> dict:
 # %% ../nbs/01_corpus.ipynb #spell-chat
 # of these, one in five in training follows some small talk: a chat may change its subject
 _AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown", "beyond")
-_IN_HASTE = ("fact", "unknown")          # and of these, one in eight is asked in lower case
+# and of these, some are typed in haste: all that the user says, or the question
+_IN_HASTE = {"fact": 0.25, "unknown": 0.25, "letters": 0.3, "word_problem": 0.2, "memory": 0.15}
 _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
     _unknown, _beyond)))
@@ -1715,9 +1822,8 @@ def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) ->
             return out
         rng = random.Random(start | i)
         conversation = {"kind": kind} | make(world, rng, split)
-        if split == "train" and kind in _IN_HASTE and rng.random() < 0.125:
-            asked = conversation["messages"][-2]
-            asked["content"] = asked["content"].lower().rstrip(".?")
+        if split == "train" and rng.random() < _IN_HASTE.get(kind, 0):
+            _hasten(conversation["messages"], rng)
         if split == "train" and kind in _AFTER_TALK and rng.random() < 0.2:
             before = turns(*_topic_turn("small_talk", rng, "train")[1:3])
             conversation["messages"] = before + conversation["messages"]
@@ -1776,7 +1882,10 @@ def transcript(world: World, rng: random.Random, split: str) -> str:
     """Two or three conversations as plain text."""
     told = []
     for _ in range(pick(rng, (2, 3))):
-        messages = pick(rng, _TRANSCRIBED)(world, rng, split)["messages"]
+        make = pick(rng, _TRANSCRIBED)
+        messages = make(world, rng, split)["messages"]
+        if make in (_memory, _unknown, _letters) and rng.random() < 0.2:
+            _hasten(messages, rng)
         told.append("\n".join(f"{m['role'].capitalize()}: {message_text(m)}" for m in messages))
     return "\n\n".join(told)
 
