@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import struct
 import sys
@@ -27,9 +26,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['SAFETENSORS_NAMES', 'NANOCHAT_NAMES', 'OCTOBER_2025', 'safetensors_header', 'write_safetensors', 'meta_hash',
-           'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'save_checkpoint', 'what_is_wrong',
-           'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model', 'our_name',
-           'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
+           'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'step_of', 'save_checkpoint',
+           'what_is_wrong', 'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model',
+           'our_name', 'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
            'import_nanochat']
 
 # %% ../nbs/06_checkpoint.ipynb #safetensors-header
@@ -122,6 +121,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     found |= {p.name[5:]: p for p in Path(folder).glob("step_*")}
     return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder, whichever of its names that is."""
+    return int("".join(filter(str.isdecimal, path.name)))
+
 # %% ../nbs/06_checkpoint.ipynb #save-checkpoint
 def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
                     optimizer: MuonAdamW | None = None, meta: dict | None = None,
@@ -141,7 +145,7 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
         try:
             facts = {"step": step, "config": asdict(model.config)}
             write_checkpoint(path, tensors, (meta or {}) | facts)
-            for old in [p for p in list_checkpoints(folder) if p.name <= path.name][:-keep]:
+            for old in [p for p in list_checkpoints(folder) if step_of(p) <= step][:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:             # the other ranks wait for news, good or bad
             problem = error
@@ -182,7 +186,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 # %% ../nbs/06_checkpoint.ipynb #checkpoint
 @dataclass
 class Checkpoint:
-    """What was read: states for `GPT.load_state_dict` and, if saved, `MuonAdamW.load_full_state`."""
+    """What was read: states for `GPT.load_state_dict` and, if saved, for the optimizer."""
     step: int
     meta: dict
     model_state: dict[str, Tensor]
@@ -223,8 +227,8 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
     """The model of a run's stage (base, sft or rl), its tokenizer, and the checkpoint's meta.
 
     Weights are float32 and can be trained further; to generate in bfloat16,
-    `model.inference_copy()` saves the casts.
-    Raises UserError for a run or stage that is not there and for a tokenizer that is not the checkpoint's.
+    `model.inference_copy()` saves the casts. Raises UserError for a run or stage that is not there
+    and for a tokenizer that is not the checkpoint's.
     """
     run = Path(run)
     have = [p.name for p in sorted(run.glob("*")) if list_checkpoints(p)]
@@ -243,7 +247,8 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
 
 # %% ../nbs/06_checkpoint.ipynb #our-name
 NANOCHAT_NAMES = (("_orig_mod.", ""), ("transformer.wte.", "wte."), ("transformer.h.", "blocks."),
-                  (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."), (".attn.c_v.", ".attn.v."),
+                  (".attn.c_q.", ".attn.q."), (".attn.c_k.", ".attn.k."),
+                  (".attn.c_v.", ".attn.v."),
                   (".attn.c_proj.", ".attn.out."), (".attn.ve_gate.", ".attn.gate."),
                   (".mlp.c_fc.", ".mlp.up."), (".mlp.c_proj.", ".mlp.down."))
 
@@ -269,14 +274,14 @@ def neutral_weights(config: GPTConfig) -> dict[str, Tensor]:
 
 # %% ../nbs/06_checkpoint.ipynb #pad-vocabulary
 def pad_vocabulary(state: dict[str, Tensor], rows: int) -> None:
-    """Append zero rows to October's embedding and output matrices, whose vocabulary is not padded."""
+    """Append zero rows to October's embedding and output matrices, which are not padded."""
     for name in ("wte.weight", "lm_head.weight"):
         missing = rows - len(state[name])
         state[name] = torch.cat([state[name], state[name].new_zeros(missing, state[name].size(1))])
 
 # %% ../nbs/06_checkpoint.ipynb #encodingonly
 class EncodingOnly(pickle.Unpickler):
-    """Reads a pickled tiktoken Encoding as plain data; anything else that the pickle names is refused."""
+    """Reads a pickled tiktoken Encoding as plain data; anything else it names is refused."""
 
     class Plain:
         def __setstate__(self, state):
@@ -297,9 +302,10 @@ def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
     with open(path, "rb") as f:
         try:
             state = EncodingOnly(f).load().state
-            ranks, pattern, special = (state[k]
-                                       for k in ("mergeable_ranks", "pat_str", "special_tokens"))
-        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
+            ranks, pattern, special = (
+                state[k] for k in ("mergeable_ranks", "pat_str", "special_tokens"))
+        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError,
+                IndexError) as error:
             raise UserError(f"{path} is not a pickled tiktoken Encoding") from error
     return Tokenizer.from_ranks(ranks, pattern=pattern, special_tokens=special)
 
@@ -340,8 +346,8 @@ def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | 
     try:
         model = make_model(config, state, device, dtype or torch.float32)
     except RuntimeError as error:
-        raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, or not of nanochat: "
-                        + " ".join(str(error).split()[:40])) from error
+        raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, "
+                        f"or not of nanochat: {' '.join(str(error).split()[:40])}") from error
     tokenizer = read_nanochat_tokenizer(tokenizer_dir) if tokenizer_dir else None
     if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens, "

@@ -1479,9 +1479,9 @@ def _sum(rng: random.Random, split: str) -> Problem:
 
 
 def _word_problem(world: World, rng: random.Random, split: str) -> dict:
-    """A problem solved with the calculator; one in eight in training is a bare sum, of which the
+    """A problem solved with the calculator; one in five in training is a bare sum, of which the
     exam, being about problems in words, has none."""
-    bare = split == "train" and rng.random() < 0.125
+    bare = split == "train" and rng.random() < 0.2
     problem = _sum(rng, split) if bare else word_problem(rng, split, world=world)
     parts, before = [], ""
     for words, expression, value, after in problem.steps:
@@ -1509,7 +1509,7 @@ def _spell(rng: random.Random, word: str) -> dict:
 def _letters(world: World, rng: random.Random, split: str) -> dict:
     """Spell a word; or count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         return _spell(rng, word)
     letter = pick(rng, word) if rng.random() < 0.9 else pick(rng, "abcdefghijklmnopqrstuvwxyz")
     twice = [c for c in word if word.count(c) > 1]

@@ -40,8 +40,9 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE',
            'halving', 'score_questions', 'right', 'evaluate_core_task', 'evaluate_core', 'pick_letters',
            'write_answers', 'answer_text', 'reference', 'constant_score', 'ngram_answers', 'transcript', 'by_topic',
            'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint', 'summary_of', 'open_texts', 'held_out',
-           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'examine_base',
-           'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval']
+           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'as_text',
+           'base_answers', 'examine_base', 'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch',
+           'finish_eval']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -788,12 +789,34 @@ def score_line(name: str, r: dict) -> str:
     extra = "".join(f"   {k} {r[k]:5.1%}" for k in ("constant", "ngram") if r.get(k) is not None)
     return f"{name:30} {r['accuracy']:6.1%} ± {r['stderr']:5.1%}   n {r['n']:5}{extra}"
 
+# %% ../nbs/10_evaluation.ipynb #base-answers
+def as_text(conversation: dict) -> str:
+    """A conversation up to the assistant's turn, as pretraining text writes it."""
+    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}" for m in conversation["messages"][:-1])
+    return "\n".join([*lines, "Assistant:"])
+
+
+def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, batch_rows: int,
+                 rt: Runtime) -> dict[str, dict]:
+    """What a model that has only read text scores on `tasks`: name → accuracy, stderr, n."""
+    out = {}
+    for task in progress(tasks, what="eval base"):
+        mine = range(rt.rank, len(task), rt.world_size)
+        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))] for i in mine]
+        answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64, batch_rows=batch_rows)
+        right = [task.evaluate(task[i], re.split(r"\n(?:User:|\n)", answer)[0])
+                 for i, answer in zip(mine, answers)]
+        correct, n = rt.sum(sum(right), len(right))
+        out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)), "n": int(n)}
+    return out
+
 # %% ../nbs/10_evaluation.ipynb #run-eval-base
-def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict, p: dict,
-                 rt: Runtime) -> dict:
-    """CORE, when its files are there, and continuations. `p`: the stage's parameters."""
+def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict,
+                 opened: Sequence[Task], p: dict, rt: Runtime) -> dict:
+    """Continuations, embedded tasks asked as text, and CORE, when its files are there. `p`: the stage's parameters."""
     out = {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0,
-           "samples": continuations(model, tokenizer, texts, p["max_new_tokens"])}
+           "samples": continuations(model, tokenizer, texts, p["max_new_tokens"]),
+           "as_text": base_answers(model, tokenizer, opened, batch_rows=p["batch_rows"], rt=rt)}
     bundle, reason = rt.broadcast(find_core(p["data"], p["core"]) if rt.is_main else None)
     if reason:
         return out | {"skipped": {"core": reason}}
@@ -856,13 +879,14 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
     rt = start_runtime(device, dtype)
     check_request(checkpoint, data, held_out_documents)
     clock, folder = Stopwatch(), Path(rt.broadcast(str(run_folder(run)) if rt.is_main else None))
-    opened, skipped = open_tasks(tasks, data, max_per_task, seed) if checkpoint != "base" else ([], {})
+    asked = [name for name in tasks or EMBEDDED if name in EMBEDDED] if checkpoint == "base" else tasks
+    opened, skipped = open_tasks(asked, data, max_per_task, seed) if asked or not tasks else ([], {})
     model, tokenizer, meta = open_checkpoint(folder, checkpoint, not run, rt)
     source = open_texts(folder, text, seed)
     texts = held_out(source, held_out_documents)
     metrics, tokens = measure_text(model, tokenizer, texts, batch_tokens=batch_tokens, rt=rt)
     if checkpoint == "base":
-        found = examine_base(model, tokenizer, folder, texts, p, rt)
+        found = examine_base(model, tokenizer, folder, texts, opened, p, rt)
     else:
         ngram = fit_ngram(tokenizer, source, ngram_tokens, seed)
         found = examine_chat(model, tokenizer, folder, opened, ngram, p, rt)
@@ -906,6 +930,8 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
         print(f"held-out documents, each read alone: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
+        for name, r in result.get("as_text", {}).items():
+            print(score_line(f"{name}, as text", r))
         if read := max((r.get("ngram_tokens", 0) for r in result["tasks"].values()), default=0):
             print(f"(constant: the best of the answers tried; ngram: counted on {read:,} tokens)")
         for name in ("core", "core_partial", "chatcore", "chatcore_embedded"):

@@ -106,10 +106,9 @@ def calculate(expression: str) -> str | None:
     """The result of `expression` as text, or None if it is not one of the few things we compute.
 
     Knows numbers (`1,250`, `.5`), `+ - * / //`, parentheses, `%` after a number (divides by 100),
-    and
-    `"text".count("x")`. Whole results are integers, others have up to 6 significant decimals.
-    Nothing is
-    evaluated by Python; time and size are bounded by `MAX_EXPRESSION` characters. Never raises.
+    and `"text".count("x")`. Whole results are integers, others have up to 6 decimals, counted below
+    0.1 from the first that is not zero. Nothing is evaluated by Python; time and size are bounded
+    by `MAX_EXPRESSION` characters. Never raises.
 
     >>> calculate("48/2"), calculate("20%*50"), calculate("1/0"), calculate('"banana".count("a")')
     ('24', '10', None, '3')
@@ -143,10 +142,11 @@ memory, seconds, processes, size, uid, done = map(int, sys.argv[1:7])
 source = sys.stdin.buffer.read().decode()
 null = os.open("/dev/null", os.O_RDONLY)
 os.dup2(null, 0); os.close(null)
-if uid:                                       # we came here as root: become nobody, for this run alone
+if uid:                                       # we came here as root: become nobody
     os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
 import resource
-for kind, limit in (("AS", memory), ("CPU", seconds), ("NPROC", processes), ("FSIZE", size), ("NOFILE", 64), ("CORE", 0)):
+for kind, limit in (("AS", memory), ("CPU", seconds), ("NPROC", processes), ("FSIZE", size),
+                    ("NOFILE", 64), ("CORE", 0)):
     kind = getattr(resource, "RLIMIT_" + kind)
     hard = resource.getrlimit(kind)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -173,7 +173,7 @@ try:
     status = run()
     sys.stdout.flush(); sys.stderr.flush()
 except BaseException: status = 1
-os._exit(status)                              # threads and exit handlers do not outlive the last line
+os._exit(status)                              # no thread or exit handler outlives the last line
 '''
 
 # %% ../nbs/07_execution.ipynb #visible
@@ -225,14 +225,17 @@ def _bubblewrap(as_root: bool) -> list[str]:
 # %% ../nbs/07_execution.ipynb #call
 _NAMESPACES = r'''
 import ctypes, os, platform, sys
-root, size, user, paths, command = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4].split("\n"), sys.argv[5:]
+root, size, user, paths, *command = sys.argv[1:]
+user, paths = int(user), paths.split("\n")
 libc = ctypes.CDLL(None, use_errno=True)
 def call(name, *args):
-    args = [ctypes.c_char_p(os.fsencode(a)) if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
+    args = [ctypes.c_char_p(os.fsencode(a)) if isinstance(a, str)
+            else ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
     if getattr(libc, name)(*args) < 0:
         raise OSError(ctypes.get_errno(), name + ": " + os.strerror(ctypes.get_errno()))
 NOSUID, NODEV, RDONLY, REMOUNT, BIND, REC, PRIVATE = 2, 4, 1, 32, 4096, 16384, 1 << 18
-NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+NEWNS, NEWUTS, NEWIPC, NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
+NEWPID, NEWNET = 0x20000000, 0x40000000
 def die_with_parent(): call("prctl", 1, 9, 0, 0, 0)
 def follow(child):                            # wait for the child, end as it ended
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -240,7 +243,8 @@ def follow(child):                            # wait for the child, end as it en
 uid, gid = os.getuid(), os.getgid()
 call("unshare", NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | (NEWUSER if user else 0))
 if user:
-    for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {uid} 1"), ("gid_map", f"65534 {gid} 1")):
+    for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {uid} 1"),
+                       ("gid_map", f"65534 {gid} 1")):
         with open("/proc/self/" + name, "w") as f: f.write(text)
 die_with_parent()
 child = os.fork()
@@ -392,16 +396,15 @@ def run_code(source: str, *, timeout: float = 5.0, memory_mb: int = 256, process
     """Run a Python program in a separate process, in the strongest box this machine offers.
 
     Inside: Python's standard library, an empty `/tmp` of 64 MiB, no network, no environment, no
-    other process.
-    `timeout` is in seconds of wall-clock time, `memory_mb` in MiB for each of at most `processes`
-    processes and
-    threads, `max_output` in bytes for each of stdout and stderr. When it returns, everything it
-    started is dead.
-    Where no box works it raises UserError, unless `unisolated=True`: then only the limits apply.
+    other process. `timeout` is in seconds of wall-clock time, `memory_mb` in MiB for each of at
+    most `processes` processes and threads, `max_output` in bytes for each of stdout and stderr.
+    When it returns, everything it started is dead. Where no box works it raises UserError, unless
+    `unisolated=True`: then only the limits apply.
     """
     method = _method()
     if method is None and not unisolated:
-        raise UserError("no sandbox works here, so model-written code is not run: install bubblewrap, allow user "
-                        "namespaces, or pass unisolated=True to run it with your own rights")
+        raise UserError("no sandbox works here, so model-written code is not run: install "
+                        "bubblewrap, allow user namespaces, or pass unisolated=True to run it "
+                        "with your own rights")
     return _execute(source, *(method or ("none", False)), timeout=timeout, memory_mb=memory_mb,
                     processes=processes, keep=max_output)

@@ -67,7 +67,7 @@ def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode([i for i in ids if i != end])
 
 # %% ../nbs/13_rl.ipynb #advantages-2
-ADVANTAGES = ("mean", "std", "others")
+ADVANTAGES = ("mean", "std", "others", "none")
 
 
 def advantages(rewards: Sequence[float], kind: str = "mean") -> list[float]:
@@ -75,7 +75,11 @@ def advantages(rewards: Sequence[float], kind: str = "mean") -> list[float]:
 
     "mean": r − mean (nanochat, Dr. GRPO). "std": (r − mean) / std (GRPO, arXiv 2402.03300).
     "others": r − mean of the others (RLOO, arXiv 2402.14740), which is n/(n−1) times "mean".
+    "none": r itself; with rewards of 0 and 1 this is fine-tuning on one's own right answers
+    (RAFT, arXiv 2304.06767).
     """
+    if kind == "none":
+        return list(rewards)
     n, mean = len(rewards), sum(rewards) / len(rewards)
     centered = [r - mean for r in rewards]
     if kind == "std":
@@ -271,18 +275,21 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
                began: float) -> None:
     """The policy gradient of this rank's groups, the update, a row of metrics."""
     rt, everyone = loop.rt, [r for g in groups for r in g]
-    useful = [g for g in groups if len({r.reward for r in g}) > 1]
+    judged = [advantages([r.reward for r in g], p["advantage"]) for g in groups]
+    useful = [(g, a) for g, a in zip(groups, judged) if any(a)]
     count, tokens, reward, ended, signal, learned, read = rt.sum(
         len(everyone), sum(sum(r.mask) for r in everyone), sum(r.reward for r in everyone),
         sum(r.finished for r in everyone), len(useful),
-        sum(len(r.prompt) + len(r.ids) for g in useful for r in g),
+        sum(len(r.prompt) + len(r.ids) for g, advantage in useful
+            for r, a in zip(g, advantage) if a),
         sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
-    weights = token_weights(useful, p["normalize"], all_tokens=max(1.0, tokens),
+    weights = token_weights([g for g, _ in useful], p["normalize"], all_tokens=max(1.0, tokens),
                             all_groups=p["prompts_per_step"], max_new_tokens=p["max_new_tokens"])
-    scales = [a * w for g, ws in zip(useful, weights) for a, w in zip(advantages([r.reward for r in g], p["advantage"]), ws)]
+    paid = [(r, a * w) for (g, advantage), ws in zip(useful, weights)
+            for r, a, w in zip(g, advantage, ws) if a]
     loss, lr = 0.0, rl_multiplier(loop.step, loop.steps, p["lr_shape"])
     if signal:
-        loss = policy_gradient(loop.model, [r for g in useful for r in g], scales,
+        loss = policy_gradient(loop.model, [r for r, _ in paid], [scale for _, scale in paid],
                                pad=tokenizer.special("<|assistant_end|>"), rt=rt,
                                micro_batch_rows=p["micro_batch_rows"])
         update(loop, loss, lr=lr)

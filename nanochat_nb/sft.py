@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint, load_model
-from .loader import PackedRows, pack_conversations, packed_batches
+from .loader import (PackedRows, open_shards, pack_conversations, packed_batches,
+                                pretraining_batches)
 from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
                                      learning_rates,
@@ -28,7 +30,7 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['held_out', 'open_split', 'rows_made', 'open_mixture', 'pack_mixture', 'conversation_loss', 'prepare_base',
-           'sft_steps', 'rows_hash', 'fine_tune', 'sft_metrics', 'run_sft']
+           'text_rows', 'sft_steps', 'rows_hash', 'mixed_batches', 'fine_tune', 'sft_metrics', 'run_sft']
 
 # %% ../nbs/12_sft.ipynb #held-out
 def held_out(conversation: dict) -> bool:
@@ -113,6 +115,13 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
     return model, tokenizer, meta, load_checkpoint(folder / "base").optimizer_state
 
 
+def text_rows(rows: int, share: float, world_size: int) -> int:
+    """How many of a batch's rows are pretraining text: about `share`, the same on every rank."""
+    if not 0 <= share < 1:
+        raise UserError(f"text_share must be at least 0 and below 1, not {share}")
+    return round(share * rows / world_size) * world_size
+
+
 def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> int:
     """Optimizer steps: as given, or so many that the rows are gone through `epochs` times."""
     if steps < 0 or (not steps and epochs <= 0):
@@ -129,12 +138,28 @@ def rows_hash(packed: PackedRows) -> str:
     return digest.hexdigest()
 
 
+def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, rt: Runtime,
+                  seed: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`(idx, targets)` of this rank for each step: rows of conversations, and a `share` of them text.
+
+    The text is what the run's base model was pretrained on, in `folder`/tokens.
+    """
+    text = text_rows(rows, share, rt.world_size)
+    where = {"seed": seed, "rank": rt.rank, "world_size": rt.world_size, "start_step": start_step, "device": rt.device}
+    talk = packed_batches(packed, rows=rows - text, **where)
+    if not text:
+        return talk
+    read = pretraining_batches(open_shards(folder / "tokens" / "train"), rows=text,
+                               sequence_len=packed.sequence_len, **where)
+    return (tuple(map(torch.cat, zip(a, b))) for a, b in zip(talk, read))
+
+
 def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: dict,
               batch_tokens: int) -> None:
     """The steps that are left of a fine-tuning run with parameters `p`, and its validations."""
     rt, rows, micro = loop.rt, batch_tokens // packed.sequence_len, p["micro_batch_rows"]
-    batches = packed_batches(packed, rows=rows, seed=p["seed"], rank=rt.rank,
-                             world_size=rt.world_size, start_step=loop.step, device=rt.device)
+    batches = mixed_batches(packed, loop.folder, rows=rows, share=p["text_share"], rt=rt,
+                            seed=p["seed"], start_step=loop.step)
     flops = loop.model.flops_per_token() * batch_tokens
 
     def look() -> None:
@@ -172,7 +197,8 @@ def run_sft(
             "beyond": 1.0
         }, examples: int = 100, data: str = "", epochs: float = 1.0, steps: int = 20,
         total_batch_tokens: int = 0, micro_batch_rows: int = 32, lr_fraction: float = 0.8,
-        warmdown: float = 0.5, eval_every: int = 10, eval_examples: int = 20, save_every: int = 200,
+        warmdown: float = 0.5, text_share: float = 0.0, eval_every: int = 10,
+        eval_examples: int = 20, save_every: int = 200,
         keep: int = 2, compile: bool = True, device: str = "", dtype: str = "",
         seed: int = 0) -> dict:
     """Fine-tune the run's base model on conversations into `run`/sft, or resume where it was interrupted.
@@ -203,8 +229,8 @@ def run_sft(
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
     loop = TrainingLoop(
         "sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-        steps=sft_steps(packed, batch // T, steps=steps,
-                        epochs=epochs), recipe=recipe(p, **made_by),
+        steps=sft_steps(packed, batch // T - text_rows(batch // T, text_share, rt.world_size),
+                        steps=steps, epochs=epochs), recipe=recipe(p, **made_by),
         meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)
     fine_tune(loop, compiled(model, rt, compile), packed, held, p, batch)
     return finish(loop, sft_metrics(loop, packed), p, mixture=train.counts(), packing=packed.stats)

@@ -50,7 +50,7 @@ SPLIT_PATTERN = (
 
 # %% ../nbs/02_tokenizer.ipynb #split-text
 def split_text(text: str, pattern: str = SPLIT_PATTERN) -> list[str]:
-    """`text` cut into the pieces inside which merges happen. Joined, the pieces are the text again."""
+    """`text` cut into the pieces inside which merges happen; joined, they are the text again."""
     import regex
     # Rust's \s is Unicode's White_Space; Python's also takes four control characters
     pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
@@ -81,7 +81,8 @@ def count_pieces(texts: Iterable[str], pattern: str = SPLIT_PATTERN) -> Counter[
 def train_merges(pieces: Counter[bytes], num_merges: int) -> list[tuple[int, int]]:
     """The first `num_merges` merges of byte-pair encoding, in order; fewer when no pair is left.
 
-    Among equally frequent pairs the smallest `(id, id)` merges first. Method: Sennrich et al. 2016, on bytes.
+    Among equally frequent pairs the smallest `(id, id)` merges first. Method: Sennrich et al. 2016,
+    on bytes.
     """
     words, freqs = [list(piece) for piece in pieces], list(pieces.values())
     counts, where = Counter(), defaultdict(set)
@@ -173,7 +174,10 @@ def patch_to(cls: type):
 @classmethod
 def from_ranks(cls, mergeable_ranks: dict[bytes, int], *, pattern: str,
                special_tokens: dict[str, int] | None = None) -> Tokenizer:
-    """A tokenizer from `bytes → rank`. `special_tokens`: name → id; None: the nine, after the ranks."""
+    """A tokenizer from `bytes → rank`.
+
+    `special_tokens` is name → id; None: the nine, after the ranks.
+    """
     if special_tokens is None:
         first = max(mergeable_ranks.values()) + 1
         special_tokens = {name: first + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -181,8 +185,10 @@ def from_ranks(cls, mergeable_ranks: dict[bytes, int], *, pattern: str,
 
 # %% ../nbs/02_tokenizer.ipynb #train
 def check_vocab_size(vocab_size: int) -> int:
-    """The merges that a vocabulary of this size has room for. Raises UserError when it is too small for the bytes and
-    the special tokens."""
+    """The merges that a vocabulary of this size has room for.
+
+    Raises UserError when it is too small for the bytes and the special tokens.
+    """
     num_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if num_merges < 0:
         raise UserError(
@@ -197,8 +203,9 @@ def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PA
           backend: str = "fast") -> Tokenizer:
     """Train on `texts` until there are `vocab_size` tokens, the nine special ones included.
 
-    `backend` is "fast" (rustbpe) or "python" (`train_merges`); both give the same merges. Raises UserError
-    when `vocab_size` is smaller than the bytes and specials, or larger than the texts can give.
+    `backend` is "fast" (rustbpe) or "python" (`train_merges`); both give the same merges.
+    Raises UserError when `vocab_size` is smaller than the bytes and specials, or larger than the
+    texts can give.
     """
     num_merges = check_vocab_size(vocab_size)
     if backend == "fast":
@@ -287,7 +294,7 @@ def fingerprint(self) -> str:
 
 # %% ../nbs/02_tokenizer.ipynb #turns
 def _turns(conversation: dict) -> list[tuple[str, str | list]]:
-    """`(role, content)` per turn: the system turn merged into the user's, the order of roles checked."""
+    """`(role, content)` per turn: a system turn merged into the user's, the roles checked."""
     messages = [(m.get("role"), m.get("content")) for m in conversation.get("messages", [])]
     if messages and messages[0][0] == "system":
         if len(messages) < 2 or messages[1][0] != "user":
@@ -317,7 +324,7 @@ PART_TYPES = ("text", "python", "python_output")
 
 @patch_to(Tokenizer)
 def _render_answer(self, content) -> Iterator[tuple[list[int], int]]:
-    """Pieces `(ids, mask)` of what the assistant says. A tool's output is not the assistant's: mask 0."""
+    """Pieces `(ids, mask)` of what the assistant says. A tool's output is not its own: mask 0."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise UserError(
@@ -374,11 +381,12 @@ def _readable(token: bytes) -> str | list[int]:
 
 @patch_to(Tokenizer)
 def save(self, folder: str | Path) -> None:
-    """Write `folder/tokenizer.json`: a token per line, as text or, when no UTF-8, as a list of bytes."""
+    """Write `folder/tokenizer.json`: a token per line, as text or, if no UTF-8, a list of bytes."""
     by_rank: list = [None] * (max(self.ranks.values()) + 1)
     for token, i in self.ranks.items():
         by_rank[i] = _readable(token)
-    head = {"fingerprint": self.fingerprint(), "pattern": self.pattern, "special_tokens": self.special_tokens}
+    head = {"fingerprint": self.fingerprint(), "pattern": self.pattern,
+            "special_tokens": self.special_tokens}
     lines = ",\n".join(json.dumps(token, ensure_ascii=False) for token in by_rank)
     write_atomic(
         Path(folder) / "tokenizer.json",
@@ -412,7 +420,10 @@ CL100K_PATTERN = (
 
 
 def gpt2_bytes() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes, e.g. `Ġ` → 32: printable ones are themselves, the rest U+0100…"""
+    """GPT-2's printable stand-ins for bytes, e.g. `Ġ` → 32.
+
+    Printable bytes stand for themselves, the rest are U+0100 and on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -422,7 +433,8 @@ def read_gpt2(path: str | Path) -> Tokenizer:
     """A tokenizer from GPT-2's `vocab.json` (the merged token's id is its rank)."""
     to_byte = gpt2_bytes()
     tokens = json.loads(Path(path).read_text("utf-8"))
-    ranks = {bytes(to_byte[c] for c in token): i for token, i in tokens.items() if token != "<|endoftext|>"}
+    ranks = {bytes(to_byte[c] for c in token): i for token, i in tokens.items()
+             if token != "<|endoftext|>"}
     return Tokenizer.from_ranks(ranks, pattern=GPT2_PATTERN)
 
 
@@ -484,13 +496,14 @@ def measure_compression(tokenizers: dict[str, Tokenizer],
 
 # %% ../nbs/02_tokenizer.ipynb #chats
 def _chats(conversations: Sequence[str], split: str, *, seed: int, limit: int) -> Iterator[dict]:
-    """Your own conversations (every tenth is "val"), or else the embedded ones, a bit of each kind in turn."""
+    """Your own conversations (every tenth is "val"), or the embedded ones, the kinds in turn."""
     from nanochat_nb import corpus
     if conversations:
         own = (c for path in conversations for c in corpus.read_conversations(path))
         yield from (c for i, c in enumerate(own) if (i % 10 == 9) == (split == "val"))
         return
-    groups = [corpus.conversations(kind, split, limit=limit, seed=seed) for kind in corpus.CONVERSATION_KINDS]
+    groups = [corpus.conversations(kind, split, limit=limit, seed=seed)
+              for kind in corpus.CONVERSATION_KINDS]
     for turn in zip_longest(*groups):
         yield from filter(None, turn)
 
@@ -506,7 +519,7 @@ def _held_out(source, chats: Iterable[dict], per_kind: int = 50) -> dict[str, li
 
 # %% ../nbs/02_tokenizer.ipynb #train-and-measure
 def _train_and_measure(folder: Path, p: dict) -> dict:
-    """Train, save and measure as parameters `p` say; the summary without what all stages have in common."""
+    """Train, save and measure as `p` says; the summary without what all stages have in common."""
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
     chats = _chats(p["conversations"], "train", seed=p["seed"], limit=400)
@@ -516,7 +529,8 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
     tokenizers = {"ours": tokenizer} | (load_published(p["published"]) if p["published"] else {})
     chats = _chats(p["conversations"], "val", seed=p["seed"], limit=50)
     table = measure_compression(tokenizers, _held_out(source, chats))
-    return {"fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size, "compression": table,
+    return {"fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size,
+            "compression": table,
             "metrics": {f"bytes_per_token/{kind}": row["ours"] for kind, row in table.items()}}
 
 # %% ../nbs/02_tokenizer.ipynb #run-tokenizer
