@@ -30,8 +30,8 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
            'BatchCache', 'RowCache', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python',
-           'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'chat_prompt',
-           'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
+           'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
+           'chat_prompt', 'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -335,6 +335,7 @@ class Engine:
         # prompts read, wanted by others waiting
         self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
+        self._recorded, self._recorded_for = {}, None        # recorded steps, and the memory they read
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []                        # row i of the cache is rows[i]
         self.parked: dict[Future, tuple[Request, Snapshot]] = {}  # waiting for their program to end
@@ -495,14 +496,83 @@ def _choose(requests: list[Request], logits: Tensor,
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, *dials).tolist()
 
+# %% ../nbs/08_inference.ipynb #recorded-step
+class RecordedStep:
+    """The decoding step of `rows` rows of up to `length` tokens: recorded once, replayed at will.
+
+    A recording is of addresses, so what changes is copied into tensors that stay where they are.
+    """
+
+    def __init__(self, model: GPT, cache: RowCache, rows: int, length: int):
+        device, store = cache.store.device, cache.store
+        self.model, self.rows, self.length = model, rows, length
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.before = store.new_zeros(rows, model.config.n_embd)
+        self.cache = RowCache(model.config, rows, length, device, store.dtype)
+        self.cache.store, self.graph = store, None
+
+    def run(self) -> Tensor:
+        """Logits (rows, vocab): the step itself, on the tensors that stay."""
+        cache = self.cache
+        cache.ends = [self.length - 1] * self.rows
+        cache.positions, cache.previous_embedding = self.positions, self.before
+        cache.begin()
+        logits = next_logits(self.model, self.model.hidden(self.ids, cache)[:, 0])
+        self.before.copy_(cache.previous_embedding)
+        return logits
+
+    def fill(self, feed: Tensor, cache: RowCache) -> None:
+        """Take over what changes; rows beyond those in use keep old numbers that nobody reads."""
+        n = len(feed)
+        self.ids[:n] = feed
+        self.positions[:n], self.before[:n] = cache.positions, cache.previous_embedding
+
+    def __call__(self, feed: Tensor, cache: RowCache) -> Tensor:
+        """Logits (n, vocab) of the n rows of `cache`, fed with `feed` (n, 1)."""
+        self.fill(feed, cache)
+        if self.graph is None:
+            self._record()
+            self.fill(feed, cache)                          # the rehearsal has moved on
+        self.graph.replay()
+        cache.previous_embedding = self.before[:len(feed)].clone()
+        cache.advance()
+        return self.logits[:len(feed)]
+
+    def _record(self) -> None:
+        """A rehearsal, in which libraries set themselves up, then the recording."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.run()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # others may go on
+            self.logits = self.run()
+
+# %% ../nbs/08_inference.ipynb #step-logits
+def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
+    """Logits (n, vocab) after feeding each of the n rows its token, feed (n, 1)."""
+    model, cache = engine.model, engine.cache
+    if not feed.is_cuda:
+        cache.begin()
+        return next_logits(model, model.hidden(feed, cache)[:, 0])
+    rows = min(1 << (len(feed) - 1).bit_length(), cache.max_rows)
+    length = -(-(max(cache.ends) + 1) // 128) * 128
+    cache._grow(rows, length)
+    if engine._recorded_for is not cache.store:
+        engine._recorded, engine._recorded_for = {}, cache.store
+    if (rows, length) not in engine._recorded:
+        engine._recorded[rows, length] = RecordedStep(model, cache, rows, length)
+    return engine._recorded[rows, length](feed, cache)
+
 # %% ../nbs/08_inference.ipynb #decode
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
     engine._plan = engine._plan or _dials(rows, cache.store.device)
-    cache.begin()
     feed = torch.tensor([r.ids[-1] for r in rows], device=cache.store.device)[:, None]
-    logits = next_logits(engine.model, engine.model.hidden(feed, cache)[:, 0])
+    logits = _step_logits(engine, feed)
     gone = []
     for i, (request, token) in enumerate(zip(rows, _choose(rows, logits, engine._plan))):
         call = _take(engine, request, token)

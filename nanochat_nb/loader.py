@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Buckets', 'cut_long', 'pack_rows', 'Shards', 'open_shards', 'write_shards', 'Plan', 'plan_window',
-           'plans', 'fill_row', 'check_split', 'pretraining_batches', 'cut_conversation', 'PackedRows',
+           'plans', 'fill_row', 'check_split', 'pretraining_batches', 'ahead', 'cut_conversation', 'PackedRows',
            'pack_conversations', 'packed_batches']
 
 # %% ../nbs/03_loader.ipynb #buckets
@@ -403,6 +404,15 @@ def _to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     x = x.contiguous()
     return x.pin_memory().to(
         device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+# %% ../nbs/03_loader.ipynb #ahead
+def ahead(batches: Iterator) -> Iterator:
+    """The same batches, each made by a thread of its own while the one before is trained on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batch") as thread:
+        coming = thread.submit(next, batches)
+        while True:
+            batch, coming = coming.result(), thread.submit(next, batches)
+            yield batch
 
 # %% ../nbs/03_loader.ipynb #exchanges
 def _exchanges(ids: Sequence[int], user_start: int) -> list[tuple[int, int]]:

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .runtime import UserError, compute_dtype, generator, nearest
 
 # %% auto #0
-__all__ = ['BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows', 'UnitNorm', 'norm',
-           'Linear', 'Embedding', 'rope_table', 'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend',
+__all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows',
+           'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8', 'rope_table',
+           'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks', 'attend_near',
            'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU', 'MLP', 'Block',
            'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'HeadLoss',
            'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token', 'store_in_compute_dtype',
@@ -146,13 +148,19 @@ def norm(x: Tensor) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #linear
 class Linear(nn.Module):
-    """`x @ weight.T`, no bias. The weight is stored in float32 and multiplied in x's dtype."""
+    """`x @ weight.T`, no bias. The weight is stored in float32 and multiplied in x's dtype.
+
+    With `fp8`, training multiplies in 8 bits; see `train_in_fp8`.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return Fp8Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -165,6 +173,45 @@ class Embedding(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         return F.embedding(idx, self.weight)
+
+# %% ../nbs/04_model.ipynb #fp8
+FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2      # 3 bits of fraction; 2, and a wider range
+
+
+def to_fp8(x: Tensor, form: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x in 8 bits, its unit): x is about their product. The largest element is the form's largest."""
+    top = torch.finfo(form).max
+    unit = x.abs().amax().float().clamp(min=1e-12) / top
+    return (x.float() / unit).clamp(-top, top).to(form), unit
+
+
+class Fp8Product(torch.autograd.Function):
+    """x (N, C) @ weight.T, its three products in 8 bits; N and both sizes are multiples of 16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        (x8, of_x), (w8, of_w) = to_fp8(x, FINE), to_fp8(weight, FINE)
+        ctx.save_for_backward(x8, of_x, w8, of_w)
+        return torch._scaled_mm(x8, w8.T, of_x, of_w, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x8, of_x, w8, of_w = ctx.saved_tensors
+        g8, of_g = to_fp8(grad, WIDE)                       # gradients need the range
+        columns = lambda m: m.T.contiguous().T              # the right factor is read by columns
+        of_input = torch._scaled_mm(g8, columns(w8), of_g, of_w, out_dtype=grad.dtype)
+        of_weight = torch._scaled_mm(g8.T.contiguous(), columns(x8), of_g, of_x,
+                                     out_dtype=grad.dtype)
+        return of_input, of_weight
+
+
+def train_in_fp8(model: nn.Module) -> None:
+    """Let the large products of the blocks train in 8 bits. Evaluating and generating never do."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("fp8 needs a GPU that multiplies in 8 bits (Ada, Hopper or newer)")
+    for m in model.blocks.modules():
+        if isinstance(m, Linear):
+            m.fp8 = min(m.weight.shape) >= 128 and not any(n % 16 for n in m.weight.shape)
 
 # %% ../nbs/04_model.ipynb #rope-table
 def rope_table(length: int, head_dim: int, base: float,
@@ -224,11 +271,6 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
 
-@functools.lru_cache(maxsize=32)
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    return visible(position, position, window)
-
 # %% ../nbs/04_model.ipynb #attend
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of q (B, T, H, D) over k and v (B, S, H_kv, D), giving (B, T, H, D).
@@ -239,6 +281,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
+
+# %% ../nbs/04_model.ipynb #attend-near
+def near_blocks(length: int, window: int, device: torch.device):
+    """The 128 × 128 blocks of a (length, length) table in which a query sees a key, for FlexAttention."""
+    def near(row, head, query, key):
+        return (query >= key) & (query - key <= window)
+
+    return create_block_mask(near, None, None, length, length, device=device)
+
+
+def attend_near(q: Tensor, k: Tensor, v: Tensor, window: int, masks: dict) -> Tensor:
+    """`attend` to at most `window` keys before each query; `masks` remembers the mask.
+
+    Compiled, it skips the blocks outside the window. As it stands, it computes and hides them.
+    """
+    length, kernel = q.size(1), torch.compiler.is_compiling() and q.size(-1) >= 16
+    if window not in masks:
+        position = torch.arange(length, device=q.device)
+        masks[window] = near_blocks(length, window, q.device) if kernel else visible(
+            position, position, window)
+    if not kernel:
+        return attend(q, k, v, masks[window])
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return flex_attention(q, k, v, block_mask=masks[window],
+                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 # %% ../nbs/04_model.ipynb #key-blocks
 BLOCK = 128        # queries at a time: the fastest of 64, 128, 256 and 512, or within 5% of it
@@ -302,15 +369,17 @@ def _per_row(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(0, (rows, -1)).transpose(1, 2)
 
 # %% ../nbs/04_model.ipynb #attend-to-past
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, window: int | None,
+                   masks: dict | None = None) -> Tensor:
     """Attention of q (B, T, H, D) over k and v (B, T, H_kv, D) of the same positions.
 
-    Each query sees itself and at most `window` keys before it; None is no limit.
+    Each query sees itself and at most `window` keys before it; None is no limit. `masks` keeps, on
+    a GPU, what other layers with this window can use again.
     """
     window = None if window is None or window >= q.size(1) else window
     if not q.is_cpu:
-        mask = None if window is None else _window_mask(q.size(1), window, q.device)
-        return attend(q, k, v, mask)
+        return attend(q, k, v) if window is None else attend_near(
+            q, k, v, window, {} if masks is None else masks)
     group = q.size(2) // k.size(2)
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
@@ -329,7 +398,7 @@ class Reading:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of `layer` over its new keys and, with a cache, all earlier ones."""
         if self.cache is None:
-            return attend_to_past(q, k, v, window)
+            return attend_to_past(q, k, v, window, self._masks)
         k, v, valid = self.cache.append(layer, k, v)
         if (window, k.size(1)) not in self._masks:
             keys = torch.arange(k.size(1), device=k.device)
@@ -544,17 +613,42 @@ def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
     g = e.addcmul_(e, t.square_(), value=-1).to(x.dtype)             # times tanh's slope
     return losses, g @ weight, g.mT @ x
 
+# %% ../nbs/04_model.ipynb #chunk-loss-fused
+def _chunk_loss_fused(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
+    """`_chunk_loss` for a compiler: one kernel for all that lies between the products."""
+    z = F.linear(x, weight)
+    keep, column = targets >= 0, targets.clamp(min=0)[:, None]
+    right = _squash(z.gather(1, column)).squeeze(1)
+    t = _squash(z)
+    e = (SOFTCAP * t).exp()
+    total = e.sum(-1)
+    losses = (total.log() - SOFTCAP * right) * keep
+    if scale is None:
+        return losses, None, None
+    scale = (scale * keep)[:, None]
+    hit = torch.arange(z.size(1), device=z.device) == column
+    g = (e * (scale / total[:, None]) - torch.where(hit, scale, 0)) * (1 - t * t)
+    g = g.to(x.dtype)
+    return losses, g @ weight, g.mT @ x
+
+
+def _squash(z: Tensor) -> Tensor:
+    """tanh(z / SOFTCAP) in wide floats by a sigmoid, for which GPUs have fast instructions."""
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return 2 * torch.sigmoid(wide * (2 / SOFTCAP)) - 1
+
 # %% ../nbs/04_model.ipynb #all-chunks
 def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
     """`_chunk_loss` in slices of rows that keep the logits small; gradients add up in wide floats."""
     narrow = weight.to(x.dtype)
-    rows = max(1, (2 ** 22 if x.device.type == "cpu" else 2 ** 28) // weight.size(0))
+    chunk, logits = (_chunk_loss, 2 ** 22) if x.is_cpu else (_chunk_loss_fused, 2 ** 28)
+    rows = max(1, logits // weight.size(0))
     losses, grad_x = [], []
     grad_weight = None if scale is None else torch.zeros_like(weight)
     for a in range(0, len(x), rows):
         part = slice(a, a + rows)
         factor = None if scale is None else scale[part]
-        loss, gx, gw = _chunk_loss(x[part], narrow, targets[part], factor)
+        loss, gx, gw = chunk(x[part], narrow, targets[part], factor)
         losses.append(loss)
         if scale is not None:
             grad_x.append(gx)

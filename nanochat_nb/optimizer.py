@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .model import GPT
 from .runtime import Runtime, UserError, compute_dtype, nearest
 
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'KINDS', 'adamw_update', 'polar_express', 'equilibrate_rows', 'renormalize', 'even_out',
-           'muon_update', 'Shard', 'pad', 'AdamWStack', 'MuonStack', 'MuonAdamW', 'make_stacks', 'grad_of',
-           'write_back', 'check_state', 'build_optimizer', 'adamw_group', 'muon_groups']
+           'muon_update', 'Shard', 'pad', 'fused_adamw_update', 'AdamWStack', 'MuonStack', 'MuonAdamW', 'make_stacks',
+           'grad_of', 'write_back', 'check_state', 'build_optimizer', 'adamw_group', 'muon_groups']
 
 # %% ../nbs/05_optimizer.ipynb #adamw-update
 def adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, step: int, lr: float,
@@ -125,6 +126,16 @@ def pad(rows: Tensor, n: int) -> Tensor:
         return rows
     return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
 
+# %% ../nbs/05_optimizer.ipynb #fused-adamw-update
+def fused_adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, step: int,
+                       **numbers) -> None:
+    """`adamw_update` as one kernel, PyTorch's own."""
+    before = torch.full((), step - 1.0, device=p.device)            # the kernel counts it up
+    (beta1, beta2), eps = numbers["betas"], numbers["eps"]
+    adamw([p], [grad], [mean], [square], [], [before], fused=True, amsgrad=False, maximize=False,
+          beta1=beta1, beta2=beta2, eps=eps, lr=numbers["lr"],
+          weight_decay=numbers["weight_decay"])
+
 # %% ../nbs/05_optimizer.ipynb #adamwstack
 class AdamWStack:
     """One parameter, cut into elements: this rank's part of its AdamW state, and how to update it."""
@@ -152,8 +163,9 @@ class AdamWStack:
     def update(self, part: Tensor, grad: Tensor, step: int, dtype: torch.dtype) -> None:
         """Update this rank's part of the parameter in place."""
         g = self.group
-        adamw_update(part, grad, self.state["mean"], self.state["square"], step=step, lr=g["lr"],
-                     betas=g["betas"], eps=g["eps"], weight_decay=g["weight_decay"])
+        update = fused_adamw_update if part.is_cuda else adamw_update
+        update(part, grad, self.state["mean"], self.state["square"], step=step, lr=g["lr"],
+               betas=g["betas"], eps=g["eps"], weight_decay=g["weight_decay"])
 
 # %% ../nbs/05_optimizer.ipynb #muonstack
 class MuonStack(AdamWStack):

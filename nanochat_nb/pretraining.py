@@ -22,8 +22,8 @@ from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .corpus import open_text
 from .evaluation import bits_per_byte
 from .inference import Engine
-from .loader import Shards, open_shards, pretraining_batches, write_shards
-from .model import GPT, GPTConfig
+from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
+from .model import GPT, GPTConfig, train_in_fp8
 from .optimizer import build_optimizer
 from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes, progress,
                                  run_folder, start_runtime, write_json)
@@ -384,9 +384,10 @@ def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> N
 def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt: Runtime,
                  start_step: int = 0):
     """(idx, targets) of this rank for each step from `start_step` on; see `loader.pretraining_batches`."""
-    return pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed,
-                               rank=rt.rank, world_size=rt.world_size, start_step=start_step,
-                               device=rt.device)
+    batches = pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed,
+                                  rank=rt.rank, world_size=rt.world_size, start_step=start_step,
+                                  device=rt.device)
+    return ahead(batches) if rt.device.type == "cuda" else batches   # a CPU has no time to spare
 
 
 def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
@@ -558,8 +559,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
              token_ratio: float = 12.0, steps: int = 40, total_batch_tokens: int = 2048,
              micro_batch_rows: int = 32, warmup_steps: int = 40, lr_scale: float = 1.0,
              eval_every: int = 20, eval_batches: int = 4, sample_every: int = 40,
-             save_every: int = 200, keep: int = 2, compile: bool = True, device: str = "",
-             dtype: str = "", seed: int = 0) -> dict:
+             save_every: int = 200, keep: int = 2, compile: bool = True, fp8: bool = False,
+             device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Pretrain a model of `depth` on `text` into `run`/base, or resume where it was interrupted.
 
     The notebook's parameters cell explains the parameters. Returns the summary that base/summary.json holds.
@@ -583,6 +584,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
     validation_rows(val, rows=plan.batch_tokens // sequence_len, sequence_len=sequence_len,
                     batches=eval_batches, world_size=rt.world_size)
     model = build_model(config, rt, seed=seed)
+    if fp8:
+        train_in_fp8(model)
     optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay,
                                 **learning_rates(plan.lr_scale))
     made_by = {"tokenizer": tokenizer.fingerprint(), "tokens": [s["sha256"] for s in train.index["shards"]]}
