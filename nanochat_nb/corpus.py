@@ -1496,7 +1496,7 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
 # %% ../nbs/01_corpus.ipynb #letters
 def _asked_word(word: str, rng: random.Random) -> str:
     """The word as it may be typed; what we answer is always in lower case."""
-    return word if rng.random() < 0.93 else pick(rng, (word.upper(), capital(word)))
+    return capital(word) if rng.random() < 0.04 else word
 
 
 def _spell(rng: random.Random, word: str) -> dict:
