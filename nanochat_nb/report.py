@@ -72,6 +72,7 @@ def collect(folder: str | Path) -> dict:
         "tasks": {stage: e.get("tasks", {}) for stage, e in done.items()
                   }, "samples": {stage: e.get("samples", []) for stage, e in done.items()},
         "not_evaluated": {stage: e.get("skipped", {}) for stage, e in done.items()},
+        "as_text": done.get("base", {}).get("as_text", {}),
         "compression": read_json(folder / "tokenizer" / "summary.json").get("compression", {}),
         "environment": environment(folder, noted)
     }
@@ -272,12 +273,13 @@ def task_names(report: dict, stages: Sequence[str] = ("sft", "rl")) -> list[str]
 
 # %% ../nbs/14_report.ipynb #task-rows
 def task_rows(report: dict) -> list[list[str]]:
-    """Per chat task: sft and rl with standard errors, and the baselines, in percent."""
+    """Per chat task: base (asked as text), sft and rl with standard errors, and the baselines, in percent."""
     rows = []
     for name in task_names(report):
-        cells = [report["tasks"].get(stage, {}).get(name) for stage in ("sft", "rl")]
+        base = report["as_text"].get(name)
+        cells = [base, *(report["tasks"].get(stage, {}).get(name) for stage in ("sft", "rl"))]
         scores = [f"{percent(c['accuracy'])} ± {percent(c['stderr'])}" if c else "–" for c in cells]
-        one = next(c for c in cells if c)
+        one = next(c for c in cells[1:] if c)
         rows.append([title(name), *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
     return rows
 
@@ -287,7 +289,8 @@ def baseline_note(report: dict) -> str:
     tasks = [r for stage in ("sft", "rl") for r in report["tasks"].get(stage, {}).values()]
     read = max((r.get("ngram_tokens", 0) for r in tasks), default=0)
     ngram = f" The n-gram model has counted {number(read)} tokens." if read else ""
-    return f"The constant is the best of the answers tried, given to every question alike.{ngram}"
+    base = " The base model, which knows no chat, was asked as the text it has read writes conversations." if report["as_text"] else ""
+    return f"The constant is the best of the answers tried, given to every question alike.{ngram}{base}"
 
 # %% ../nbs/14_report.ipynb #topic-rows
 def topic_rows(report: dict) -> list[list[str]]:
@@ -356,7 +359,7 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
     if report["tasks"].get("base"):
         parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"],
                            core_table(report)))
-    scores = table(["task", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
+    scores = table(["task", "base %", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
     parts += ["## Chat tasks", *([scores, baseline_note(report)] if task_names(report) else ["No chat task was scored."])]
     parts += [table(["topic", "sft %", "rl %", "n"], topics)] if topics else []
     parts += [*compression_part(report), "## Samples", *sample_parts(report)]
@@ -568,7 +571,7 @@ def bar(label: str, colour: int, score: dict) -> str:
                tag("span", words), cls="bar")
 
 # %% ../nbs/14_report.ipynb #last-score
-LEGEND = (("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"),
+LEGEND = (("b2", "base, asked as text"), ("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"),
           ("key constant",
            "best constant answer tried"), ("key ngram", "n-gram model"), ("key chance", "chance"))
 
@@ -582,9 +585,8 @@ def last_score(report: dict, name: str) -> dict | None:
 def one_task(report: dict, others: dict[str, dict], name: str) -> str:
     """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
     tasks = report["tasks"]
-    bars = [
-        bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})
-    ]
+    bars = [bar("base", 2, report["as_text"][name])] if name in report["as_text"] else []
+    bars += [bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
     for other, theirs in list(others.items())[-4:]:
         score = last_score(theirs, name)
         bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
