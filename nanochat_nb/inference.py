@@ -599,6 +599,14 @@ def _leave(engine: Engine, row: int) -> None:
     engine._plan = None
 
 # %% ../nbs/08_inference.ipynb #start-tool
+def _program_output(call: str) -> str:
+    """What the program prints; or why none can run here now, which is no reason to stop the others."""
+    try:
+        return run_python(call)
+    except Exception as error:
+        return f"error: {error}"
+
+
 def _start_tool(engine: Engine, request: Request, call: str | None,
                 snapshot: Callable[[], Snapshot]) -> bool:
     """Answer a tool call. True if the row must wait for a program: `snapshot()` is then kept for
@@ -610,7 +618,7 @@ def _start_tool(engine: Engine, request: Request, call: str | None,
         request.forced.extend(forced_ids(engine.tokenizer, result))
     elif request.tools == "python":
         engine._pool = engine._pool or ThreadPoolExecutor(2, thread_name_prefix="tool")
-        engine.parked[engine._pool.submit(run_python, call)] = request, snapshot()
+        engine.parked[engine._pool.submit(_program_output, call)] = request, snapshot()
         return True
     return False
 
