@@ -4,7 +4,7 @@
 
 Each recipe below starts from the same SFT weights and practises word problems. Two rivals spend the FLOPs of the first recipe on
 more fine-tuning: on the solutions of new word problems, and on the mixture of the run's own fine-tuning (again, in the same
-order for every seed: there is no spread to see). With one seed RL and the first rival get the same questions, which the run's
+order: once). With one seed RL and the first rival get the same questions, which the run's
 own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right. All are tested on the same 200 held-out
 problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased) and one at temperature 0. Nothing is written to RUN.
 """
@@ -42,6 +42,10 @@ RECIPES = {
 }
 
 
+RIVALS = (("solutions of new problems", True, 0.1), ("solutions of new problems", True, 0.3),
+          ("the same mixture", False, 0.1), ("the same mixture", False, 0.3))
+
+
 def examine(folder: Path, stage: str, rt) -> dict[str, float]:
     """pass@1, pass@8 and the greedy score of each task on held-out questions."""
     model, tokenizer, _ = load_model(folder, stage=stage, device=rt.device, dtype=rt.dtype)
@@ -67,7 +71,7 @@ def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> tuple[dict,
         return examine(folder, "rl", rt), summary["flops"]
 
 
-def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool) -> dict:
+def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool, rate: float) -> dict:
     """Scores after as many FLOPs of more fine-tuning: on `solutions` of new problems, or on the same mixture
     as before."""
     model, _, meta = load_model(run, stage="sft", device=rt.device, dtype=rt.dtype)
@@ -79,7 +83,7 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool) -> di
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
         shutil.copytree(run / "sft", folder / "base")
-        run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=0.1, eval_every=0,
+        run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=rate, eval_every=0,
                 eval_examples=5, **options)
         return examine(folder, "sft", rt)
 
@@ -113,10 +117,11 @@ def main() -> None:
             scores, spent = practised(args.run, RECIPES[name], seed, args.steps, rt)
             results.append(scores)
         print(line(name, results, (time.monotonic() - start) / args.seeds), flush=True)
-        for kind, solutions in (("solutions of new problems", True), ("the same mixture", False)) if i == 0 else ():
+        for kind, solutions, rate in RIVALS if i == 0 else ():
             start = time.monotonic()
-            more = [fine_tuned(args.run, spent, seed, rt, solutions=solutions) for seed in range(1, args.seeds + 1)]
-            print(line(f"more SFT, {kind}, {spent:.1e} FLOPs", more, (time.monotonic() - start) / args.seeds), flush=True)
+            seeds = range(1, args.seeds + 1) if solutions else [0]
+            more = [fine_tuned(args.run, spent, seed, rt, solutions=solutions, rate=rate) for seed in seeds]
+            print(line(f"more SFT, {kind}, {rate} of the rates, {spent:.1e} FLOPs", more, (time.monotonic() - start) / len(seeds)), flush=True)
 
 
 if __name__ == "__main__":
