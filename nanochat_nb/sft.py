@@ -30,7 +30,7 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['held_out', 'open_split', 'rows_made', 'open_mixture', 'pack_mixture', 'conversation_loss', 'prepare_base',
-           'text_rows', 'sft_steps', 'rows_hash', 'mixed_batches', 'fine_tune', 'sft_metrics', 'run_sft']
+           'text_rows', 'sft_steps', 'mixed_batches', 'rows_hash', 'fine_tune', 'sft_metrics', 'run_sft']
 
 # %% ../nbs/12_sft.ipynb #held-out
 def held_out(conversation: dict) -> bool:
@@ -129,15 +129,7 @@ def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> in
             f"steps={steps} and epochs={epochs} leave nothing to do; one must be positive")
     return steps or max(1, round(epochs * len(packed) / rows))
 
-# %% ../nbs/12_sft.ipynb #rows-hash
-def rows_hash(packed: PackedRows) -> str:
-    """A hash of all packed conversations: what a checkpoint was made from."""
-    digest = hashlib.sha256(str(packed.plan).encode())
-    for ids, mask in packed.pieces:
-        digest.update(np.array([ids, mask], dtype=np.int32).tobytes())
-    return digest.hexdigest()
-
-
+# %% ../nbs/12_sft.ipynb #mixed-batches
 def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, rt: Runtime,
                   seed: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`(idx, targets)` of this rank for each step: rows of conversations, and a `share` of them text.
@@ -145,13 +137,22 @@ def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, 
     The text is what the run's base model was pretrained on, in `folder`/tokens.
     """
     text = text_rows(rows, share, rt.world_size)
-    where = {"seed": seed, "rank": rt.rank, "world_size": rt.world_size, "start_step": start_step, "device": rt.device}
+    where = {"seed": seed, "rank": rt.rank, "world_size": rt.world_size, "start_step": start_step,
+             "device": rt.device}
     talk = packed_batches(packed, rows=rows - text, **where)
     if not text:
         return talk
     read = pretraining_batches(open_shards(folder / "tokens" / "train"), rows=text,
                                sequence_len=packed.sequence_len, **where)
     return (tuple(map(torch.cat, zip(a, b))) for a, b in zip(talk, read))
+
+# %% ../nbs/12_sft.ipynb #rows-hash
+def rows_hash(packed: PackedRows) -> str:
+    """A hash of all packed conversations: what a checkpoint was made from."""
+    digest = hashlib.sha256(str(packed.plan).encode())
+    for ids, mask in packed.pieces:
+        digest.update(np.array([ids, mask], dtype=np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: dict,
