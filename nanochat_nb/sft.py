@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint, load_model
-from .loader import (PackedRows, open_shards, pack_conversations, packed_batches,
+from .loader import (PackedRows, check_split, open_shards, pack_conversations, packed_batches,
                                 pretraining_batches)
 from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
@@ -115,11 +115,11 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
     return model, tokenizer, meta, load_checkpoint(folder / "base").optimizer_state
 
 
-def text_rows(rows: int, share: float, world_size: int) -> int:
-    """How many of a batch's rows are pretraining text: about `share`, the same on every rank."""
-    if not 0 <= share < 1:
-        raise UserError(f"text_share must be at least 0 and below 1, not {share}")
-    return round(share * rows / world_size) * world_size
+def text_rows(rows: int, share: float) -> int:
+    """How many of a batch's rows are pretraining text. Raises UserError when none is left to talk."""
+    if not 0 <= share < 1 or rows == round(share * rows):
+        raise UserError(f"text_share={share} leaves no row of {rows} for conversations, or is negative")
+    return round(share * rows)
 
 
 def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> int:
@@ -136,15 +136,16 @@ def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, 
 
     The text is what the run's base model was pretrained on, in `folder`/tokens.
     """
-    text = text_rows(rows, share, rt.world_size)
-    where = {"seed": seed, "rank": rt.rank, "world_size": rt.world_size, "start_step": start_step,
-             "device": rt.device}
-    talk = packed_batches(packed, rows=rows - text, **where)
+    text, each = text_rows(rows, share), check_split(rows, rt.world_size)
     if not text:
-        return talk
-    read = pretraining_batches(open_shards(folder / "tokens" / "train"), rows=text,
-                               sequence_len=packed.sequence_len, **where)
-    return (tuple(map(torch.cat, zip(a, b))) for a, b in zip(talk, read))
+        return packed_batches(packed, rows=rows, rank=rt.rank, world_size=rt.world_size, seed=seed,
+                              start_step=start_step, device=rt.device)
+    talk = packed_batches(packed, rows=rows - text, seed=seed, start_step=start_step)
+    read = pretraining_batches(open_shards(folder / "tokens" / "train"), rows=text, seed=seed,
+                               sequence_len=packed.sequence_len, start_step=start_step)
+    mine = slice(rt.rank * each, (rt.rank + 1) * each)       # of rows that do not depend on the ranks
+    return (tuple(torch.cat(pair)[mine].to(rt.device) for pair in zip(a, b))
+            for a, b in zip(talk, read))
 
 # %% ../nbs/12_sft.ipynb #rows-hash
 def rows_hash(packed: PackedRows) -> str:
@@ -230,7 +231,7 @@ def run_sft(
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
     loop = TrainingLoop(
         "sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-        steps=sft_steps(packed, batch // T - text_rows(batch // T, text_share, rt.world_size),
+        steps=sft_steps(packed, batch // T - text_rows(batch // T, text_share),
                         steps=steps, epochs=epochs), recipe=recipe(p, **made_by),
         meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)
     fine_tune(loop, compiled(model, rt, compile), packed, held, p, batch)
