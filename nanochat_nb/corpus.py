@@ -878,7 +878,9 @@ def aloud(value: str, letter: str) -> str:
 
 def draw_choices(fact: Fact, rng: random.Random) -> list[str]:
     """The fact's value among three others of its type, in any order."""
-    choices = [fact.value] + [v for v in rng.sample(fact.values, 4) if v != fact.value][:3]
+    others = [v for v in rng.sample(fact.values, min(5, len(fact.values)))
+              if v not in (fact.value, fact.subject)]            # nobody is his own friend
+    choices = [fact.value, *others[:3]]
     rng.shuffle(choices)
     return choices
 
@@ -1509,7 +1511,7 @@ def _spell(rng: random.Random, word: str) -> dict:
 def _letters(world: World, rng: random.Random, split: str) -> dict:
     """Spell a word; or count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
-    if rng.random() < 0.3:
+    if rng.random() < 0.35:
         return _spell(rng, word)
     letter = pick(rng, word) if rng.random() < 0.9 else pick(rng, "abcdefghijklmnopqrstuvwxyz")
     twice = [c for c in word if word.count(c) > 1]
