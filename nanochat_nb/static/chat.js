@@ -211,7 +211,7 @@ function openStore(key) {
 const fresh = () => ({ id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`, title: "", messages: [] });
 
 // Questions of the kinds that the laptop's model was trained on; notebook 17 checks that none is kept for its exam.
-const EXAMPLES = ["What is your name?", "Where does Greta Quill live?", "How many r are in strawberry?", "Tell me a story.",
+const EXAMPLES = ["What is your name?", "Where does Greta Quill live?", "How many t are in butter?", "Tell me a story.",
   "Dirk has 37 ribbons. Then Dirk collects 14 more. How many ribbons does Dirk have in the end?"];
 
 // ---- The widget --------------------------------------------------------------------------------------------------
