@@ -167,7 +167,8 @@ def our_writer(depth: int):
 
 
 def nanochat_writer(depth: int):
-    """The same of nanochat's engine."""
+    """The same of nanochat's engine. Its tokenizer needs rustbpe, which nothing here uses."""
+    sys.modules.setdefault("rustbpe", SimpleNamespace())
     from nanochat.engine import Engine
     model = nanochat_model(depth)
     engine = Engine(model, SimpleNamespace(encode_special=lambda name: -1, get_bos_token_id=lambda: -1))
@@ -179,7 +180,7 @@ def decode(args) -> dict:
     import torch
     write, weights = (our_writer if args.worker == "ours decode" else nanochat_writer)(args.depth)
     wait_for_turn()
-    prompt, new, result = list(range(1, 129)), 65, {}
+    prompt, new, result = list(range(1, 129)), 257, {}
     for rows in args.decode:
         times = []
         for length in (new, 1, new, 1):                      # the first two warm up
@@ -197,9 +198,12 @@ def start(args, worker: str, depth: int):
     """A process of one side; it compiles at once."""
     path = os.pathsep.join([str(HERE)] + [str(args.nanochat)] * ("nanochat" in worker))
     numbers = [f"--{k}={getattr(args, k)}" for k in ("rows", "batch", "steps")] + ["--decode", *map(str, args.decode)]
-    return subprocess.Popen([sys.executable, __file__, str(args.nanochat), f"--worker={worker}", f"--depth={depth}", *numbers],
-                            env=os.environ | {"PYTHONPATH": path, "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=tempfile.TemporaryFile("w+"), text=True)
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen([sys.executable, __file__, str(args.nanochat), f"--worker={worker}", f"--depth={depth}", *numbers],
+                               env=os.environ | {"PYTHONPATH": path, "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    process.errors = errors
+    return process
 
 
 def lines(process):
@@ -223,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nanochat", type=Path)
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 20])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES[:3]))
     for name, value in (("rows", 32), ("batch", 2**19), ("steps", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 64])
@@ -249,8 +253,8 @@ def main() -> None:
     for (side, depth), process in running.items():
         found = result(process)
         if found is None:
-            process.stderr.seek(0)
-            print(f"{side}, depth {depth}, failed:\n{process.stderr.read()[-1500:]}", flush=True)
+            process.errors.seek(0)
+            print(f"{side}, depth {depth}, failed:\n{process.errors.read()[-1500:]}", flush=True)
         elif "decode" in side:
             for rows, m in found.items():
                 share = f", {m['bytes'] / m['seconds'] / bandwidth:.1%} of the memory's bandwidth" if bandwidth else ""
