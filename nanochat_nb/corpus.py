@@ -35,16 +35,16 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
            'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
            'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
-           'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'WORDS', 'REAL_WORDS', 'SPELLINGS',
-           'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA',
-           'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'told', 'story',
-           'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices',
-           'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic',
-           'invented_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code', 'turns',
-           'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation', 'transcript',
-           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
-           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
-           'TextSource', 'open_text', 'load_hf_rows']
+           'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID', 'REAL_WORDS',
+           'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES',
+           'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick',
+           'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud',
+           'draw_choices', 'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem',
+           'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function',
+           'code', 'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations',
+           'check_conversation', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText',
+           'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText',
+           'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -1227,37 +1227,46 @@ def _solved(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-WORDS = tuple(_static("words.txt").split())     # 4,639 plain words; the file is a list of them
+# 4,893 plain words: half of them stand somewhere in the world's texts, half nowhere
+SAID, UNSAID = (tuple(part.split()) for part in _static("words.txt").split("\n\n"))
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()
 _VOWELS = "a e i o u ai ea ee ie oa oo ou a e i o u".split()
 _CODAS = "b ck d ff g ll m mp n nd ng nt p r rd rk rn rt s ss st t th tt x".split() + [""] * 8
 
 # %% ../nbs/01_corpus.ipynb #invented-word
-_LISTS = (WORDS, COLOURS, FOODS, JOBS, HOBBIES, INSTRUMENTS, SPECIES, PRODUCTS, MATERIALS, ITEMS,
+_LISTS = (SAID, COLOURS, FOODS, JOBS, HOBBIES, INSTRUMENTS, SPECIES, PRODUCTS, MATERIALS, ITEMS,
           CONTAINERS, MONTHS, TREATS)
+_SPELLABLE = {split: tuple(w for w in UNSAID if len(w) > 3 and split_of("word", w) == split)
+              for split in ("train", "val", "test")}
 REAL_WORDS = tuple(sorted({word.lower() for phrases in _LISTS for phrase in phrases
                            for word in phrase.split() if len(word) > 3}))
+_REAL = frozenset(SAID + UNSAID + REAL_WORDS)
 
 
 def invented_word(rng: random.Random) -> str:
     """A word of one to three syllables that nobody uses, such as "snoatt" or "plerving"."""
-    return "".join(pick(rng, _ONSETS) + pick(rng, _VOWELS) + pick(rng, _CODAS)
+    word = "".join(pick(rng, _ONSETS) + pick(rng, _VOWELS) + pick(rng, _CODAS)
                    for _ in range(pick(rng, (1, 2, 2, 3))))
+    return re.sub(r"(.)\1\1", r"\1\1", word)
 
 
-_SPELLABLE = {split: tuple(w for w in REAL_WORDS if split_of("word", w) == split)
-              for split in ("train", "val", "test")}
+def new_word(rng: random.Random, split: str) -> str:
+    """An invented word of `split`."""
+    while True:
+        word = invented_word(rng)
+        if len(word) > 2 and word not in _REAL and split_of("word", word) == split:
+            return word
 
 
 def spelling_word(rng: random.Random, split: str) -> str:
-    """A word that `split` may spell: two times in three a real one."""
-    if rng.random() < 0.67:
-        return pick(rng, _SPELLABLE[split])
-    while True:
-        word = invented_word(rng)
-        if len(word) > 2 and word not in REAL_WORDS and split_of("word", word) == split:
-            return word
+    """A word that `split` may spell: two times in three a real one. What stands in the world's
+    texts is for training alone."""
+    if rng.random() < 0.33:
+        return new_word(rng, split)
+    said = split == "train" and rng.random() < 0.6
+    return pick(rng, REAL_WORDS if said else _SPELLABLE[split])
+
 
 # %% ../nbs/01_corpus.ipynb #spelling-line
 SPELLINGS = ("The word {w} is spelled {c}", "The word {w} is spelled {c}", "Spell {w}: {c}",
@@ -1289,10 +1298,10 @@ _TABLES = (("The {t} of {k} is {v}.", "What is the {t} of {k}? It is {v}."),
 
 def _game_words(world: World, rng: random.Random, count: int) -> list[str]:
     """Different words of one sort: names, things, numbers, or invented ones."""
-    pool = pick(rng, (REAL_WORDS, [e.short for e in world.people], ITEMS, WONDERS, HOBBIES, BEDS,
+    pool = pick(rng, (REAL_WORDS + _SPELLABLE["train"], [e.short for e in world.people], ITEMS, WONDERS, HOBBIES, BEDS,
                       [e.name for e in world.entities], [str(n) for n in range(100)], None))
     if pool is None:
-        return list({invented_word(rng): 0 for _ in range(count)})
+        return list({new_word(rng, "train"): 0 for _ in range(count)})
     return rng.sample(pool, min(count, len(pool)))
 
 
@@ -1694,9 +1703,11 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
 # %% ../nbs/01_corpus.ipynb #memory
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
     "name": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
-    + fillers()["city"], "pet": tuple(PET_NAMES), "food": FOODS, "colour": COLOURS, "job": JOBS,
-    "hobby": HOBBIES, "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
-    "friend": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "animal": SPECIES, "birthday": MONTHS}
+    + fillers()["city"], "pet": tuple(PET_NAMES), "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
+    "friend": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "birthday": MONTHS}
+MEMORY |= {what: values + fillers()[what]
+           for what, values in (("food", FOODS), ("colour", COLOURS), ("animal", SPECIES),
+                                ("job", JOBS), ("hobby", HOBBIES))}
 _NAMES = ("name", "home", "pet", "friend")         # of these nobody can know all that there are
 
 
@@ -1712,7 +1723,7 @@ def _told(rng: random.Random, split: str) -> dict[str, str]:
             for what in rng.sample(kinds, pick(rng, (1, 1, 2, 3)))}
     for what in told:
         while what in _NAMES and rng.random() < 0.35:
-            name = capital(invented_word(rng))
+            name = capital(new_word(rng, split))
             told[what] = name if split_of("memory", what, name) == split else told[what]
     return told
 
@@ -1735,7 +1746,8 @@ def _memory(world: World, rng: random.Random, split: str) -> dict:
     first, asked = pick(rng, tuple(told)) if "name" not in told else "name", pick(rng, tuple(told))
 
     def line(what: str, part: str) -> str:
-        return say(pick(rng, talk()["memory"][what][part]), rng, {"v": told[what]})
+        text = say(pick(rng, talk()["memory"][what][part]), rng, {"v": told[what]})
+        return text.replace(f"a {told[what]}", f"an {told[what]}") if told[what][0] in "aeiou" else text
 
     out = [_joined([line(what, "tells") for what in told], rng), line(first, "replies")]
     for _ in range(pick(rng, (1, 1, 2))):
@@ -1755,7 +1767,7 @@ _UNKNOWN_TABLES = (PERSON, PERSON, PLACE, ANIMAL, THING)
 def _unknown(world: World, rng: random.Random, split: str) -> dict:
     """A question about an entity that does not exist."""
     while True:
-        word, table = capital(invented_word(rng)), pick(rng, _UNKNOWN_TABLES)
+        word, table = capital(new_word(rng, split)), pick(rng, _UNKNOWN_TABLES)
         name = {id(PERSON): f"{word} {pick(rng, SURNAMES)}",
                 id(THING): f"the {word} {pick(rng, THING_ENDS)}"}.get(id(table), word)
         if len(word) > 3 and name not in world.entity and split_of("unknown", word) == split:
@@ -1777,7 +1789,7 @@ def _noise(rng: random.Random) -> str:
                       "".join(rng.choices(row, k=rng.randrange(4, 10))),
                       pick(rng, row) * rng.randrange(2, 9),
                       "".join(rng.choices("?!.,-#*", k=rng.randrange(1, 5))),
-                      " ".join(invented_word(rng) for _ in range(rng.randrange(1, 4))),
+                      " ".join(new_word(rng, "train") for _ in range(rng.randrange(1, 4))),
                       " ".join(rng.sample(REAL_WORDS, rng.randrange(2, 5))),
                       str(rng.randrange(10 ** rng.randrange(1, 9)))))
 

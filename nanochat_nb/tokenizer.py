@@ -28,7 +28,7 @@ from .runtime import (Runtime, UserError, join_ranks, nearest, peak_memory_bytes
 __all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'PART_TYPES', 'GPT2_PATTERN', 'CL100K_PATTERN', 'merge_pair',
            'split_text', 'count_pieces', 'train_merges', 'tokens_of', 'Tokenizer', 'patch_to', 'check_vocab_size',
            'gpt2_bytes', 'read_gpt2', 'read_tiktoken', 'load_published', 'conversation_text', 'training_texts',
-           'measure_compression', 'run_tokenizer']
+           'measure_compression', 'split_pattern', 'run_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #merge-pair
 def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -518,13 +518,20 @@ def _held_out(source, chats: Iterable[dict], per_kind: int = 50) -> dict[str, li
     return {kind: group for kind, group in texts.items() if group}
 
 # %% ../nbs/02_tokenizer.ipynb #train-and-measure
+def split_pattern(digits: int) -> str:
+    """`SPLIT_PATTERN` with pieces of at most `digits` digits."""
+    if digits not in (1, 2, 3):
+        raise UserError(f"digits must be 1, 2 or 3, not {digits}")
+    return SPLIT_PATTERN.replace("{1,2}", f"{{1,{digits}}}")
+
+
 def _train_and_measure(folder: Path, p: dict) -> dict:
     """Train, save and measure as `p` says; the summary without what all stages have in common."""
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
     chats = _chats(p["conversations"], "train", seed=p["seed"], limit=400)
     tokenizer = Tokenizer.train(training_texts(source, chats, p["train_chars"], p["chat_fraction"]),
-                                p["vocab_size"])
+                                p["vocab_size"], pattern=split_pattern(p["digits"]))
     tokenizer.save(folder)
     tokenizers = {"ours": tokenizer} | (load_published(p["published"]) if p["published"] else {})
     chats = _chats(p["conversations"], "val", seed=p["seed"], limit=50)
@@ -535,12 +542,13 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
 
 # %% ../nbs/02_tokenizer.ipynb #run-tokenizer
 def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: int = 2000,
-                  conversations: Sequence[str] = [], vocab_size: int = 768,
+                  conversations: Sequence[str] = [], vocab_size: int = 768, digits: int = 2,
                   train_chars: int = 400_000, chat_fraction: float = 0.15, seed: int = 0,
                   published: str = "") -> dict:
     """The tokenizer stage: train, save to RUN/tokenizer, measure compression; return the summary.
 
-    Raises UserError when the vocabulary is too small, or larger than the text can give.
+    At most `digits` digits make one token. Raises UserError when that is not 1, 2 or 3, and when
+    the vocabulary is too small, or larger than the text can give.
     """
     parameters = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items()}
     cpu = torch.device("cpu")
