@@ -1581,8 +1581,8 @@ def fillers() -> dict[str, tuple[str, ...]]:
 # %% ../nbs/01_corpus.ipynb #plain-line
 @lru_cache(maxsize=None)
 def ways(line: str) -> frozenset[str]:
-    """Everything that a line with [a|b] can say, without what spelling adds: case, marks, and whether
-    it is *you* or *u*."""
+    """Everything that a line with [a|b] can say, without what spelling adds:
+    case, marks, and whether it is *you* or *u*."""
     parts = [part.split("|") for part in re.split(r"[\[\]]", line)]
     said = ("".join(chosen).lower() for chosen in itertools.product(*parts))
     short = (_SHORTENED.sub(lambda m: _SHORT[m[0]], text).replace("'", "") for text in said)

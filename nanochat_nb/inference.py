@@ -600,7 +600,8 @@ def _leave(engine: Engine, row: int) -> None:
 
 # %% ../nbs/08_inference.ipynb #start-tool
 def _program_output(call: str) -> str:
-    """What the program prints; or why none can run here now, which is no reason to stop the others."""
+    """What the program prints; or why none can run here now,
+    which is no reason to stop the others."""
     try:
         return run_python(call)
     except Exception as error:

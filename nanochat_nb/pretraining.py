@@ -47,14 +47,16 @@ HORIZON_EXPONENT = 0.32  # best learning rate ∝ tokens^-0.32 (Bjorck et al. 20
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """Parameters that the scaling rules count: transformer matrices and output layer. Allocates nothing."""
+    """Parameters that the scaling rules count: transformer matrices and output layer.
+    Allocates nothing."""
     with torch.device("meta"):
         counts = GPT(config).parameter_counts()
     return counts["matrices"] + counts["lm_head"]
 
 # %% ../nbs/11_pretraining.ipynb #best-batch
 def best_batch(*, reference_tokens: float, tokens: float = 0, steps: int = 0) -> float:
-    """Batch in tokens by the power law, for a horizon in `tokens`, or in `steps` when no tokens are given."""
+    """Batch in tokens by the power law, for a horizon in `tokens`,
+    or in `steps` when no tokens are given."""
     if tokens:
         return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
     return (REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
@@ -131,7 +133,8 @@ def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr
 # %% ../nbs/11_pretraining.ipynb #lr-multiplier
 def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0.65,
                   final: float = 0.05) -> float:
-    """Linear warmup over `warmup` steps, constant, linear warmdown over the last share `warmdown` to `final`."""
+    """Linear warmup over `warmup` steps, constant,
+    linear warmdown over the last share `warmdown` to `final`."""
     if step < warmup:
         return (step + 1) / warmup
     falling = round(warmdown * steps)
@@ -142,7 +145,8 @@ def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0
 
 
 def muon_momentum(step: int, steps: int, *, warmup: int = 400, warmdown: float = 0.65) -> float:
-    """0.85 → 0.97 over the first steps (`warmup`, or until the warmdown begins), then → 0.90 in the warmdown."""
+    """0.85 → 0.97 over the first steps (`warmup`, or until the warmdown begins),
+    then → 0.90 in the warmdown."""
     start = steps - round(warmdown * steps)
     if step < min(warmup, start):
         return 0.85 + 0.12 * step / min(warmup, start)
@@ -172,7 +176,8 @@ def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime,
 
 # %% ../nbs/11_pretraining.ipynb #trainingloop
 class TrainingLoop:
-    """Resume, metrics, checkpoints and summary of a training stage; `training_steps` gives its steps.
+    """Resume, metrics, checkpoints and summary of a training stage;
+    `training_steps` gives its steps.
 
     `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
     moved to `STAGE.old`. `meta` goes into every checkpoint.
@@ -310,7 +315,8 @@ SHARD_TOKENS = 45_000_000      # a shard of a downloaded corpus gives at least s
 
 
 def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: int = 256) -> int:
-    """How many documents of the embedded world give `tokens` tokens (and 5% more), judged by `sample` of them."""
+    """How many documents of the embedded world give `tokens` tokens (and 5% more),
+    judged by `sample` of them."""
     texts = [d.text for d in open_text(["world"], documents=sample, seed=seed).documents("train")]
     mean = sum(map(len, tokenizer.encode_batch(texts))) / len(texts) + 1
     return math.ceil(1.05 * tokens / mean)
@@ -370,7 +376,8 @@ def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int,
 
 
 def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> None:
-    """Raise UserError when the corpus does not fill one batch; say so when it will be read several times."""
+    """Raise UserError when the corpus does not fill one batch;
+    say so when it will be read several times."""
     needed = plan.batch_tokens + plan.batch_tokens // sequence_len
     if train.num_tokens < needed:
         raise UserError(
@@ -383,7 +390,8 @@ def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> N
 # %% ../nbs/11_pretraining.ipynb #base-batches
 def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt: Runtime,
                  start_step: int = 0):
-    """(idx, targets) of this rank for each step from `start_step` on; see `loader.pretraining_batches`."""
+    """(idx, targets) of this rank for each step from `start_step` on;
+    see `loader.pretraining_batches`."""
     batches = pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed,
                                   rank=rt.rank, world_size=rt.world_size, start_step=start_step,
                                   device=rt.device)
@@ -392,7 +400,8 @@ def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt:
 
 def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
                     world_size: int) -> tuple[int, int]:
-    """(rows per batch, batches): as asked, or fewer when the validation text is short, so that none is read twice."""
+    """(rows per batch, batches): as asked, or fewer when the validation text is short,
+    so that none is read twice."""
     there = val.num_tokens // (sequence_len + 1)
     rows = min(rows, there) // world_size * world_size
     if not rows:
@@ -448,7 +457,8 @@ def build_model(config: GPTConfig, rt: Runtime, *, seed: int) -> GPT:
 
 
 def compiled(model: GPT, rt: Runtime, compile: bool):
-    """The model compiled on a GPU; a CPU would wait minutes for the compiler and runs it as it is."""
+    """The model compiled on a GPU; a CPU would wait minutes for the compiler
+    and runs it as it is."""
     return torch.compile(model, dynamic=False) if compile and rt.device.type == "cuda" else model
 
 # %% ../nbs/11_pretraining.ipynb #recipe
@@ -490,7 +500,8 @@ def peak_flops(device: torch.device) -> float | None:
 # %% ../nbs/11_pretraining.ipynb #pretrain
 def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: Shards, val: Shards,
              p: dict) -> dict:
-    """The steps that are left of a pretraining run with parameters `p`, its validations and samples; its summary."""
+    """The steps that are left of a pretraining run with parameters `p`,
+    its validations and samples; its summary."""
     rt, T, rows = loop.rt, p["sequence_len"], plan.batch_tokens // p["sequence_len"]
     batches = base_batches(train, rows=rows, sequence_len=T, seed=p["seed"], rt=rt,
                            start_step=loop.step)
@@ -548,7 +559,8 @@ def base_metrics(loop: TrainingLoop) -> dict:
 
 
 def mfu(loop: TrainingLoop) -> float | None:
-    """Share of the devices' peak that went into the model's arithmetic, over the logged steps; None if unknown."""
+    """Share of the devices' peak that went into the model's arithmetic, over the logged steps;
+    None if unknown."""
     peak = peak_flops(loop.rt.device)
     spent = sum(r["seconds"] for r in loop.metrics.rows() if "loss" in r)
     return loop.flops / spent / (peak * loop.rt.world_size) if peak and spent else None
@@ -563,8 +575,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
              device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Pretrain a model of `depth` on `text` into `run`/base, or resume where it was interrupted.
 
-    The notebook's parameters cell explains the parameters. Returns the summary that base/summary.json holds.
-    Raises UserError for what cannot be trained.
+    The notebook's parameters cell explains the parameters. Returns the summary
+    that base/summary.json holds. Raises UserError for what cannot be trained.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)

@@ -62,7 +62,8 @@ def stage_entry(folder: Path, stage: str) -> dict:
 
 # %% ../nbs/14_report.ipynb #collect
 def collect(folder: str | Path) -> dict:
-    """All of a run's results as one JSON-able dict: stages, tasks, samples, skipped, compression, environment, cost."""
+    """All of a run's results as one JSON-able dict: stages, tasks, samples, skipped,
+    compression, environment, cost."""
     folder = Path(folder)
     noted = notes(folder)
     evaluations = {stage: read_json(folder / "eval" / f"{stage}.json") for stage in STAGES[1:]}
@@ -118,7 +119,8 @@ def gpu_names(count: int) -> list[str]:
 
 
 def this_machine(processes: int | None = None) -> dict:
-    """Processor, memory, GPUs and versions, here; GPUs as many as `processes` used (None: all of them)."""
+    """Processor, memory, GPUs and versions, here;
+    GPUs as many as `processes` used (None: all of them)."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -131,7 +133,8 @@ def this_machine(processes: int | None = None) -> dict:
 
 # %% ../nbs/14_report.ipynb #machines
 def notes(folder: Path) -> dict[str, dict]:
-    """What the launcher noted beside each finished step: its `machine` and `git`, the commit of the code."""
+    """What the launcher noted beside each finished step:
+    its `machine` and `git`, the commit of the code."""
     found = {path.stem: read_json(path) for path in sorted((folder / "markers").glob("*.json"))}
     return {step: note for step, note in found.items() if "machine" in note}
 
@@ -144,7 +147,8 @@ def environment(folder: Path, noted: dict[str, dict]) -> dict:
 
 # %% ../nbs/14_report.ipynb #preset-name
 def preset_name(folder: Path) -> str:
-    """The preset a run was launched with: the first comment of its preset.yaml, else the run's name; "" without one."""
+    """The preset a run was launched with: the first comment of its preset.yaml,
+    else the run's name; "" without one."""
     path = folder / "preset.yaml"
     if not path.exists():
         return ""
@@ -161,7 +165,8 @@ OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
 
 
 def cost(environment: dict, seconds: float) -> dict:
-    """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine, and the rates assumed."""
+    """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine,
+    and the rates assumed."""
     if environment["gpus"]:
         name = next((k for k in GPU_RATES if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
         count, (watts, dollars), unit = len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU), name or "GPU"
@@ -173,7 +178,8 @@ def cost(environment: dict, seconds: float) -> dict:
 
 # %% ../nbs/14_report.ipynb #total-cost
 def total_cost(seconds: dict[str, float], noted: dict[str, dict], here: dict) -> dict:
-    """`cost` of all steps, each at the rates of the machine that its note names; without a note, of `here`."""
+    """`cost` of all steps, each at the rates of the machine that its note names;
+    without a note, of `here`."""
     spent = [cost(noted.get(step, {}).get("machine", here), s) for step, s in seconds.items() if s]
     rates = dict.fromkeys(c["assumed"] for c in spent or [cost(here, 0)])
     return {k: sum(c[k] for c in spent) for k in ("seconds", "energy_kwh", "usd")} | {"assumed": "; ".join(rates)}
@@ -273,7 +279,8 @@ def task_names(report: dict, stages: Sequence[str] = ("sft", "rl")) -> list[str]
 
 # %% ../nbs/14_report.ipynb #task-rows
 def task_rows(report: dict) -> list[list[str]]:
-    """Per chat task: base (asked as text), sft and rl with standard errors, and the baselines, in percent."""
+    """Per chat task: base (asked as text), sft and rl with standard errors,
+    and the baselines, in percent."""
     rows = []
     for name in task_names(report):
         base = report["as_text"].get(name)
@@ -294,7 +301,8 @@ def baseline_note(report: dict) -> str:
 
 # %% ../nbs/14_report.ipynb #topic-rows
 def topic_rows(report: dict) -> list[list[str]]:
-    """Per topic of the tasks that have up to eight of them: sft and rl in percent, and the number of questions."""
+    """Per topic of the tasks that have up to eight of them:
+    sft and rl in percent, and the number of questions."""
     rows = []
     for name in task_names(report):
         found = [report["tasks"].get(stage, {}).get(name, {}).get("topics", {}) for stage in ("sft", "rl")]
@@ -322,7 +330,8 @@ def loud(report: dict) -> list[str]:
 
 # %% ../nbs/14_report.ipynb #core-table
 def core_table(report: dict) -> list[list[str]]:
-    """Rows of CORE tasks: ours (± standard error), centered, and GPT-2's published accuracies, in percent."""
+    """Rows of CORE tasks: ours (± standard error), centered, and GPT-2's published accuracies,
+    in percent."""
     rows = []
     for name, r in report["tasks"].get("base", {}).items():
         rows.append([name, f"{percent(r['accuracy'])} ± {percent(r['stderr'])}", percent(r["centered"]),
@@ -331,7 +340,8 @@ def core_table(report: dict) -> list[list[str]]:
 
 # %% ../nbs/14_report.ipynb #text-line
 def text_line(metrics: dict) -> str:
-    """The base model's bits per byte on held-out text: in rows as it was trained, and each document by itself."""
+    """The base model's bits per byte on held-out text: in rows as it was trained,
+    and each document by itself."""
     ways = {"val_bpb": "in packed rows, as it was trained", "document_bpb": "when every document is read alone"}
     said = [f"{number(metrics[k])} {how}" for k, how in ways.items() if k in metrics]
     return f"Held-out text, bits per byte: {', '.join(said)}." if said else "Held-out text was not measured."
@@ -397,7 +407,8 @@ def compression_part(report: dict) -> list[str]:
 
 # %% ../nbs/14_report.ipynb #sample-parts
 def sample_parts(report: dict, most: int = 12) -> list[str]:
-    """The first conversation of each task of the last stage: chosen by that rule, whatever was said."""
+    """The first conversation of each task of the last stage:
+    chosen by that rule, whatever was said."""
     stage = next((s for s in ("rl", "sft", "base") if report["samples"].get(s)), None)
     if not stage:
         return ["No samples were drawn."]
@@ -410,7 +421,8 @@ def sample_parts(report: dict, most: int = 12) -> list[str]:
 
 
 def quoted(text: str, most: int = 400) -> str:
-    """The first `most` characters as a Markdown quotation, inside which even an open code fence ends."""
+    """The first `most` characters as a Markdown quotation,
+    inside which even an open code fence ends."""
     return "\n".join("> " + line for line in (text[:most] or "…").split("\n"))
 
 # %% ../nbs/14_report.ipynb #compare-reports
@@ -436,7 +448,8 @@ def headline_errors(report: dict) -> dict[str, float]:
 
 # %% ../nbs/14_report.ipynb #clear-winner
 def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int | None:
-    """Which value is above each other one by more than two standard errors of the difference; None if none is."""
+    """Which value is above each other one by more than two standard errors of the difference;
+    None if none is."""
     there = [i for i, v in enumerate(values) if v is not None]
     best = max(there, key=lambda i: values[i])
     ahead = all(values[best] - values[i] > 2 * math.hypot(errors[best], errors[i])
@@ -445,7 +458,8 @@ def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int
 
 # %% ../nbs/14_report.ipynb #compare-runs
 def compare_reports(reports: dict[str, dict]) -> str:
-    """A Markdown table of the runs' headline numbers; a number that is clearly the best of its row gets a `*`."""
+    """A Markdown table of the runs' headline numbers;
+    a number that is clearly the best of its row gets a `*`."""
     heads = {name: headline(report) for name, report in reports.items()}
     doubts = [headline_errors(report) for report in reports.values()]
     rows = []
@@ -461,7 +475,8 @@ def compare_reports(reports: dict[str, dict]) -> str:
 
 # %% ../nbs/14_report.ipynb #compare-folders
 def compare(folders: Sequence[str | Path]) -> str:
-    """`compare_reports` of the runs in `folders`. Raises UserError for a folder without a report.json."""
+    """`compare_reports` of the runs in `folders`.
+    Raises UserError for a folder without a report.json."""
     reports = {}
     for folder in map(Path, folders):
         report = read_json(folder / "report.json")
@@ -472,7 +487,8 @@ def compare(folders: Sequence[str | Path]) -> str:
 
 # %% ../nbs/14_report.ipynb #ticks
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) that lie within low … high."""
+    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart)
+    that lie within low … high."""
     if not high > low:
         return [low]
     raw = (high - low) / most
@@ -487,7 +503,8 @@ def tick_label(value: float) -> str:
 
 # %% ../nbs/14_report.ipynb #tag
 def tag(name: str, *content: str, cls: str = "", **attributes) -> str:
-    """An HTML element around `content`, which is markup already; attribute values are escaped here."""
+    """An HTML element around `content`, which is markup already;
+    attribute values are escaped here."""
     given = ({"class": cls}
              if cls else {}) | {k.replace("_", "-"): v for k, v in attributes.items()}
     inside = "".join(f' {k}="{html.escape(str(v))}"' for k, v in given.items())
@@ -512,7 +529,8 @@ def thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[f
 # %% ../nbs/14_report.ipynb #line-chart
 def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, x: str = "step",
                zero: bool = False) -> str:
-    """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title; "" without points."""
+    """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title;
+    "" without points."""
     curves = {name: thin(points) for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -583,7 +601,8 @@ def last_score(report: dict, name: str) -> dict | None:
 
 # %% ../nbs/14_report.ipynb #one-task
 def one_task(report: dict, others: dict[str, dict], name: str) -> str:
-    """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
+    """Bars of one chat task: this run's stages, then earlier runs,
+    then nanochat's published score."""
     tasks = report["tasks"]
     bars = [bar("base", 2, report["as_text"][name])] if name in report["as_text"] else []
     bars += [bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
@@ -605,7 +624,8 @@ def task_bars(report: dict, others: dict[str, dict]) -> str:
 
 # %% ../nbs/14_report.ipynb #curves
 def curves(folder: Path) -> str:
-    """Loss, validation, reward and throughput over the steps of each stage, from the metrics logs."""
+    """Loss, validation, reward and throughput over the steps of each stage,
+    from the metrics logs."""
     logs = {stage: MetricsLog(folder / "metrics" / f"{stage}.jsonl").rows() for stage in STAGES[1:]}
     def get(stage: str, key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in logs[stage] if isinstance(r.get(key), (int, float))]
@@ -767,7 +787,8 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
 
 # %% ../nbs/14_report.ipynb #miniature
 def miniature(folder: Path) -> None:
-    """Every stage in `folder`, even smaller than its defaults: a report wants all of them, not good ones."""
+    """Every stage in `folder`, even smaller than its defaults:
+    a report wants all of them, not good ones."""
     from nanochat_nb.evaluation import run_eval
     from nanochat_nb.pretraining import run_base
     from nanochat_nb.rl import run_rl
@@ -807,7 +828,8 @@ def run_report(*, run: str = "") -> dict:
 
 # %% ../nbs/14_report.ipynb #main
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m nanochat_nb.report RUN` writes a run's report; `--compare RUN RUN …` prints a table of several."""
+    """`python -m nanochat_nb.report RUN` writes a run's report;
+    `--compare RUN RUN …` prints a table of several."""
     import argparse
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.report", description=main.__doc__)
     parser.add_argument("run", nargs="?",

@@ -116,7 +116,8 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
 
 
 def text_rows(rows: int, share: float) -> int:
-    """How many of a batch's rows are pretraining text. Raises UserError when none is left to talk."""
+    """How many of a batch's rows are pretraining text.
+    Raises UserError when none is left to talk."""
     if not 0 <= share < 1 or rows == round(share * rows):
         raise UserError(f"text_share={share} leaves no row of {rows} for conversations, or is negative")
     return round(share * rows)
@@ -132,7 +133,8 @@ def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> in
 # %% ../nbs/12_sft.ipynb #mixed-batches
 def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, rt: Runtime,
                   seed: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(idx, targets)` of this rank for each step: rows of conversations, and a `share` of them text.
+    """`(idx, targets)` of this rank for each step: rows of conversations,
+    and a `share` of them text.
 
     The text is what the run's base model was pretrained on, in `folder`/tokens.
     """
@@ -203,10 +205,11 @@ def run_sft(
         eval_examples: int = 20, save_every: int = 200,
         keep: int = 2, compile: bool = True, device: str = "", dtype: str = "",
         seed: int = 0) -> dict:
-    """Fine-tune the run's base model on conversations into `run`/sft, or resume where it was interrupted.
+    """Fine-tune the run's base model on conversations into `run`/sft,
+    or resume where it was interrupted.
 
-    The notebook's parameters cell explains the parameters. Returns the summary that sft/summary.json holds.
-    Raises UserError for what cannot be trained on.
+    The notebook's parameters cell explains the parameters. Returns the summary
+    that sft/summary.json holds. Raises UserError for what cannot be trained on.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
