@@ -1026,7 +1026,7 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         text.append(capital(ask(pick(rng, GAINS if gain else LOSSES))) + ".")
         steps.append(_step(ask("{A} [now has|then has] "), value, "+-"[not gain], b, ask(" {i}.")))
         value = steps[-1][2]
-    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:      # in one sentence
+    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:  # in one sentence
         text[:2] = [f"{text[0][:-1]} and {text[1].split(' ', 1)[1]}"]
     end = rng.random()
     shares = [k for k in range(2, 10) if value % k == 0 and value > k]
@@ -1457,8 +1457,10 @@ def message_text(message: dict) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in message["content"])
 
 # %% ../nbs/01_corpus.ipynb #word-problem-2
-_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")), "-": ("minus", ("-", " - ", " minus ")),
-           "*": ("times", ("*", " * ", " times ", " x ")), "/": ("divided", ("/", " / ", " divided by "))}
+_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")),
+           "-": ("minus", ("-", " - ", " minus ")),
+           "*": ("times", ("*", " * ", " times ", " x ")),
+           "/": ("divided", ("/", " / ", " divided by "))}
 
 
 def _sum(rng: random.Random, split: str) -> Problem:

@@ -213,7 +213,8 @@ def read_core(folder: str | Path) -> tuple[list[CoreTask], dict[str, float]]:
     folder = Path(folder)
     for name in ("core.yaml", "eval_meta_data.csv"):
         if not (folder / name).exists():
-            raise UserError(f"no {name} in {folder}: expected core.yaml, eval_meta_data.csv and eval_data/ there")
+            raise UserError(f"no {name} in {folder}: "
+                            "expected core.yaml, eval_meta_data.csv and eval_data/ there")
     import yaml
     listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
     with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
@@ -262,7 +263,8 @@ def find_core(data: str, wanted: bool) -> tuple[str, str]:
         if not (folder / "core.yaml").exists():
             unpack_core(fetch_file(CORE_BUNDLE, data_folder() / "eval_bundle.zip"), folder)
     except (UserError, OSError) as error:
-        return "", f"{error}; to try again, delete eval/base.json of the run and run the same command"
+        return "", (f"{error}; to try again, "
+                    "delete eval/base.json of the run and run the same command")
     return str(folder), ""
 
 # %% ../nbs/10_evaluation.ipynb #core-rows
@@ -481,7 +483,8 @@ def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: S
     """
     mine = range(rt.rank, len(rows), rt.world_size) if rt else range(len(rows))
     limit = 10 * model.config.sequence_len
-    questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit) for i in mine]
+    questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit)
+                 for i in mine]
     scores = score_questions(model, questions, batch_tokens=batch_tokens)
     part = ({i: right(q, s) for i, q, s in zip(mine, questions, scores)},
             sum(len(o) for q in questions for o in q.options))
@@ -590,7 +593,8 @@ def constant_score(task: Task, rows: Sequence[dict]) -> float:
     if any("tests" in row for row in rows):
         return 0.0
     counts = Counter(str(row.get("answer") or reference(row).split("\n")[-1]) for row in rows)
-    tries = [a if task.kind == "choice" else f"{a}\n#### {a.removeprefix('#### ')}" for a, _ in counts.most_common(5)]
+    tries = [a if task.kind == "choice" else f"{a}\n#### {a.removeprefix('#### ')}"
+             for a, _ in counts.most_common(5)]
     tries += list(dict.fromkeys(map(reference, rows)))[:100]
     return max((sum(task.evaluate(row, t) for row in rows) / len(rows) for t in tries), default=0.0)
 
@@ -601,7 +605,8 @@ def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[di
     or a greedy continuation of the prompt."""
     if task.kind != "choice":
         stop = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
-        return [answer_text(tokenizer, lm.generate(tokenizer.render_for_completion(row), max_new_tokens, stop))
+        return [answer_text(tokenizer, lm.generate(tokenizer.render_for_completion(row),
+                                                   max_new_tokens, stop))
                 for row in rows]
     out = []
     for row in rows:
@@ -686,7 +691,8 @@ def chatcore(accuracies: dict[str, float], names: Sequence[str] = CHATCORE) -> f
     """The mean of the centered accuracies over `names`, None when one of them is absent."""
     if not all(name in accuracies for name in names):
         return None
-    chance = {name: REAL[name].chance if name in REAL else 0.25 * name.startswith("choice") for name in names}
+    chance = {name: REAL[name].chance if name in REAL else 0.25 * name.startswith("choice")
+              for name in names}
     return sum(center(accuracies[name], chance[name]) for name in names) / len(names)
 
 # %% ../nbs/10_evaluation.ipynb #open-checkpoint
@@ -706,7 +712,8 @@ def open_checkpoint(folder: Path, checkpoint: str, scratch: bool,
     config = GPTConfig.from_depth(1, vocab_size=tokenizer.vocab_size, sequence_len=128, head_dim=64)
     model = GPT(config, dtype=rt.dtype).init_weights(0).to(rt.device)
     if rt.is_main:
-        print("No run was given: this examines an UNTRAINED model of one layer, and its scores mean nothing.", flush=True)
+        print("No run was given: this examines an UNTRAINED model of one layer, "
+              "and its scores mean nothing.", flush=True)
     return model, tokenizer, {"step": 0}
 
 # %% ../nbs/10_evaluation.ipynb #summary-of
@@ -744,7 +751,8 @@ def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], 
     for kind, group in texts.items():
         bpb, read = text_bits_per_byte(model, tokenizer, group, batch_tokens=batch_tokens, rt=rt)
         count = sum(len(t.encode("utf-8", "replace")) for t in group)
-        metrics[f"bpb/{kind}"], bits, size, tokens = bpb, bits + bpb * count, size + count, tokens + read
+        metrics[f"bpb/{kind}"] = bpb
+        bits, size, tokens = bits + bpb * count, size + count, tokens + read
     overall = {"document_bpb": bits / size} if size else {}
     return overall | (metrics if len(metrics) <= 12 else {}), tokens
 
@@ -823,7 +831,8 @@ def score_line(name: str, r: dict) -> str:
 # %% ../nbs/10_evaluation.ipynb #base-answers
 def as_text(conversation: dict) -> str:
     """A conversation up to the assistant's turn, as pretraining text writes it."""
-    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}" for m in conversation["messages"][:-1])
+    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}"
+             for m in conversation["messages"][:-1])
     return "\n".join([*lines, "Assistant:"])
 
 
@@ -833,12 +842,15 @@ def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, bat
     out = {}
     for task in progress(tasks, what="eval base"):
         mine = range(rt.rank, len(task), rt.world_size)
-        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))] for i in mine]
-        answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64, batch_rows=batch_rows)
+        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))]
+                   for i in mine]
+        answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64,
+                                   batch_rows=batch_rows)
         right = [task.evaluate(task[i], re.split(r"\n(?:User:|\n)", answer)[0])
                  for i, answer in zip(mine, answers)]
         correct, n = rt.sum(sum(right), len(right))
-        out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)), "n": int(n)}
+        out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)),
+                          "n": int(n)}
     return out
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-base
@@ -914,8 +926,10 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
     rt = start_runtime(device, dtype)
     check_request(checkpoint, data, held_out_documents)
     clock, folder = Stopwatch(), Path(rt.broadcast(str(run_folder(run)) if rt.is_main else None))
-    asked = [name for name in tasks or EMBEDDED if name in EMBEDDED] if checkpoint == "base" else tasks
-    opened, skipped = open_tasks(asked, data, max_per_task, seed) if asked or not tasks else ([], {})
+    asked = ([name for name in tasks or EMBEDDED if name in EMBEDDED]
+             if checkpoint == "base" else tasks)
+    opened, skipped = (open_tasks(asked, data, max_per_task, seed)
+                       if asked or not tasks else ([], {}))
     model, tokenizer, meta = open_checkpoint(folder, checkpoint, not run, rt)
     source = open_texts(folder, text, seed)
     texts = held_out(source, held_out_documents)
@@ -963,7 +977,8 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
     """Write the result, print the scores and, loudly, what was skipped."""
     if rt.is_main:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
-        print(f"held-out documents, each read alone: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
+        print("held-out documents, each read alone: "
+              f"{result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
         for name, r in result.get("as_text", {}).items():
             print(score_line(f"{name}, as text", r))

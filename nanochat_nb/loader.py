@@ -393,9 +393,9 @@ def pretraining_batches(
     """
     mine = check_split(rows, world_size)
     if shards.num_tokens < rows * (sequence_len + 1):
-        raise UserError(f"the corpus is too small for one batch: it has {shards.num_tokens:,} tokens, {rows} rows "
-                        f"of {sequence_len + 1} need {rows * (sequence_len + 1):,}; give more text or make the "
-                        "batch smaller")
+        raise UserError("the corpus is too small for one batch: it has "
+                        f"{shards.num_tokens:,} tokens, {rows} rows of {sequence_len + 1} need "
+                        f"{rows * (sequence_len + 1):,}; give more text or make the batch smaller")
     source = _rows_from(shards, start_step * rows, sequence_len=sequence_len, seed=seed,
                         remember=rank == 0)
     while True:

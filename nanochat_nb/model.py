@@ -37,7 +37,7 @@ class GPTConfig:
     n_head: int = 6                  # query heads
     n_kv_head: int = 6               # key/value heads; fewer than n_head is GQA
     n_embd: int = 768
-    window_pattern: str = "SSSL"     # tiled over the layers: S short window, L sequence_len, F no limit
+    window_pattern: str = "SSSL"     # tiled over the layers: S short, L sequence_len, F no limit
     rope_base: float = 100_000.0
     rope_dtype: str | None = None    # number format of the RoPE table; None: the compute dtype
     qk_scale: float = 1.2            # multiplies both q and k after their norm
@@ -105,7 +105,8 @@ def _check_config(c: GPTConfig) -> None:
         if outside:
             raise UserError(f"{name} names layer {outside[0]}; there are only {c.n_layer} layers")
     if c.look_back_layers and c.head_dim % 4:
-        raise UserError(f"look_back_layers need heads of a multiple of 4 channels, not {c.head_dim}")
+        raise UserError("look_back_layers need heads of a multiple of 4 channels, "
+                        f"not {c.head_dim}")
 
 # %% ../nbs/04_model.ipynb #layer-windows
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:

@@ -25,8 +25,8 @@ from .inference import Engine
 from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
 from .model import GPT, GPTConfig, train_in_fp8
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes, progress,
-                                 run_folder, start_runtime, write_json)
+from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes,
+                                 progress, run_folder, start_runtime, write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
@@ -59,7 +59,8 @@ def best_batch(*, reference_tokens: float, tokens: float = 0, steps: int = 0) ->
     or in `steps` when no tokens are given."""
     if tokens:
         return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
-    return (REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    per_step = REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT
+    return per_step ** (1 / (1 - BATCH_EXPONENT))
 
 # %% ../nbs/11_pretraining.ipynb #best-lr-scale
 def best_lr_scale(*, batch: float, tokens: float, reference_tokens: float) -> float:
@@ -98,7 +99,7 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
         best_batch(reference_tokens=reference, steps=steps,
                    tokens=0 if steps else token_ratio * parameters), config.sequence_len)
     steps = steps or max(1, round(token_ratio * parameters / batch))
-    anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's learning rates were tuned for
+    anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's rates were tuned for
     scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=anchor)
     decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(
         steps * batch, token_ratio * parameters)
@@ -121,7 +122,8 @@ def _round_batch(tokens: float, sequence_len: int) -> int:
 
 def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale):
     if token_ratio <= 0:
-        raise UserError(f"token_ratio must be positive, not {token_ratio}: it is the tokens read per parameter (12 is a good one)")
+        raise UserError(f"token_ratio must be positive, not {token_ratio}: "
+                        "it is the tokens read per parameter (12 is a good one)")
     if lr_scale <= 0:
         raise UserError(f"lr_scale must be positive, not {lr_scale}")
     for name, value in (("steps", steps), ("total_batch_tokens", total_batch_tokens),
@@ -204,7 +206,8 @@ class TrainingLoop:
 
     def _resume(self) -> None:
         path = self.folder / self.stage
-        found = load_checkpoint(path) if self.rt.broadcast(str(latest_checkpoint(path) or "")) else None
+        there = self.rt.broadcast(str(latest_checkpoint(path) or ""))
+        found = load_checkpoint(path) if there else None
         if found and found.meta["recipe"] != self.recipe:
             found = None
             self._set_aside(path)
@@ -371,8 +374,9 @@ def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int,
     if micro_batch_rows < 1:
         raise UserError(f"micro_batch_rows must be at least 1, not {micro_batch_rows}")
     if rows % world_size:
-        raise UserError(f"a batch of {rows} rows ({batch_tokens} tokens / {sequence_len}) does not divide over {world_size} "
-                        f"ranks; set total_batch_tokens to a multiple of {sequence_len * world_size}")
+        raise UserError(f"a batch of {rows} rows ({batch_tokens} tokens / {sequence_len}) does not "
+                        f"divide over {world_size} ranks; "
+                        f"set total_batch_tokens to a multiple of {sequence_len * world_size}")
 
 
 def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> None:
@@ -384,7 +388,8 @@ def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> N
             f"the corpus is too small: {train.num_tokens} tokens, and one batch needs {needed}; "
             "give more text or lower total_batch_tokens")
     if plan.tokens > train.num_tokens and rt.is_main:
-        print(f"base: the corpus has {train.num_tokens:,} tokens, fewer than the {plan.tokens:,} of the run: "
+        print(f"base: the corpus has {train.num_tokens:,} tokens, "
+              f"fewer than the {plan.tokens:,} of the run: "
               f"it will be read {plan.tokens / train.num_tokens:.1f} times", flush=True)
 
 # %% ../nbs/11_pretraining.ipynb #base-batches
@@ -405,8 +410,9 @@ def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
     there = val.num_tokens // (sequence_len + 1)
     rows = min(rows, there) // world_size * world_size
     if not rows:
-        raise UserError(f"the validation text is too small: {val.num_tokens} tokens, fewer than {world_size} rows of "
-                        f"{sequence_len + 1}; give more text or a smaller sequence_len")
+        raise UserError(f"the validation text is too small: {val.num_tokens} tokens, "
+                        f"fewer than {world_size} rows of {sequence_len + 1}; "
+                        "give more text or a smaller sequence_len")
     return rows, max(1, min(batches, there // rows))
 
 
@@ -600,7 +606,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
         train_in_fp8(model)
     optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay,
                                 **learning_rates(plan.lr_scale))
-    made_by = {"tokenizer": tokenizer.fingerprint(), "tokens": [s["sha256"] for s in train.index["shards"]]}
+    made_by = {"tokenizer": tokenizer.fingerprint(),
+               "tokens": [s["sha256"] for s in train.index["shards"]]}
     loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
                         save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
                         meta=made_by | {"config": asdict(config), "plan": asdict(plan)})

@@ -190,7 +190,8 @@ def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
     Raises UserError when none does."""
     fit = [q for q in questions if len(tokenizer.render_for_completion(q[1])) + 8 <= sequence_len]
     if not fit:
-        raise UserError(f"no question leaves room for an answer in the model's {sequence_len} tokens; practise other tasks")
+        raise UserError("no question leaves room for an answer in the model's "
+                        f"{sequence_len} tokens; practise other tasks")
     return fit
 
 
@@ -243,7 +244,8 @@ def check_rl(p: dict, rt: Runtime) -> None:
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
-        raise UserError(f"steps {p['steps']} must not be negative, and lr_fraction {p['lr_fraction']} must be positive")
+        raise UserError(f"steps {p['steps']} must not be negative, "
+                        f"and lr_fraction {p['lr_fraction']} must be positive")
     if p["prompts_per_step"] % rt.world_size:
         raise UserError(
             f"prompts_per_step {p['prompts_per_step']} does not divide over {rt.world_size} ranks")
@@ -255,7 +257,8 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
         loop.metrics.log(loop.step, **result)
-        say(loop, f"step {loop.step}: " + ", ".join(f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
+        say(loop, f"step {loop.step}: " + ", ".join(
+            f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
 
     for step in training_steps(loop):
         if step == 0 or due(step, p["eval_every"]):
@@ -353,8 +356,9 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
-    loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-                        steps=steps or max(1, len(practice) // prompts_per_step), recipe=recipe(p, **made_by),
+    loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,
+                        keep=keep, steps=steps or max(1, len(practice) // prompts_per_step),
+                        recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, p)
     return finish(loop, rl_metrics(loop), p, questions=len(practice),

@@ -213,9 +213,11 @@ def gsm8k_conversation(row: dict) -> dict:
 # %% ../nbs/09_tasks.ipynb #humaneval-conversation
 def humaneval_conversation(row: dict) -> dict:
     """A row of HumanEval: the prompt is the head of a program, the answer the whole program."""
+    program = f"{row['prompt']}\n{row['canonical_solution']}"
     return {"messages": [{"role": "user", "content": row["prompt"]},
-                         {"role": "assistant", "content": f"{row['prompt']}\n{row['canonical_solution']}"}],
-            "entry_point": row["entry_point"], "tests": f"{row['test']}\ncheck({row['entry_point']})"}
+                         {"role": "assistant", "content": program}],
+            "entry_point": row["entry_point"],
+            "tests": f"{row['test']}\ncheck({row['entry_point']})"}
 
 # %% ../nbs/09_tasks.ipynb #spelling-problem
 COUNT_QUESTIONS = ("How many {l} are in {w}", "How often does {l} occur in {w}",
@@ -234,7 +236,8 @@ def spelling_problem(index: int, split: str, words: Sequence[str] = ()) -> dict:
     word = rng.choice(words) if words else spelling_word(rng, split)
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     quote = rng.choice(["", "'", '"'])
-    question = rng.choice(COUNT_QUESTIONS).format(l=f"{quote}{letter}{quote}", w=f"{quote}{word}{quote}")
+    question = rng.choice(COUNT_QUESTIONS).format(l=f"{quote}{letter}{quote}",
+                                                  w=f"{quote}{word}{quote}")
     return {"word": word, "letter": letter, "question": question + rng.choice(["", "?"])}
 
 # %% ../nbs/09_tasks.ipynb #spelling-conversation
