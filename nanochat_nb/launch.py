@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 import nanochat_nb
-from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_hash, nearest,
-                                 write_atomic, write_json)
+from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_hash,
+                                 nearest, write_atomic, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
@@ -157,7 +157,8 @@ def check_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
             if name not in known:
                 raise UserError(f"stage {stage} has no parameter {name!r}{nearest(name, known)}")
             if stage == "eval" and name == "checkpoint":
-                raise UserError("eval.checkpoint is decided by the plan, which evaluates base, sft and rl in turn")
+                raise UserError("eval.checkpoint is decided by the plan, "
+                                "which evaluates base, sft and rl in turn")
         checked[stage] = {name: _check_value(stage, name, value) for name, value in values.items()}
     return checked
 
@@ -198,7 +199,8 @@ def check_files(overrides: dict[str, dict]) -> None:
         if own := [name for name in text if name != "world" and name not in HUB_CORPORA]:
             open_text(own)
     paths = {path for values in overrides.values() for path in values.get("conversations", ())}
-    mixed = {name for name in overrides.get("sft", {}).get("mixture") or () if name not in (*EMBEDDED, *REAL)}
+    mixed = {name for name in overrides.get("sft", {}).get("mixture") or ()
+             if name not in (*EMBEDDED, *REAL)}
     for path in paths | mixed:
         for _ in read_conversations(path):
             pass
@@ -227,7 +229,8 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     sft = stage_parameters(STEPS["sft"], overrides)
     rows = sft["total_batch_tokens"] or plan.batch_tokens
     if rows % base["sequence_len"]:
-        raise UserError(f"sft.total_batch_tokens {rows} is no multiple of base.sequence_len {base['sequence_len']}")
+        raise UserError(f"sft.total_batch_tokens {rows} is no multiple of "
+                        f"base.sequence_len {base['sequence_len']}")
     check_rows(rows, base["sequence_len"], sft["micro_batch_rows"], processes)
     if sft["lr_fraction"] <= 0:
         raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
@@ -395,7 +398,8 @@ def set_aside(run: Path, step: Step) -> str:
     """Move what an attempt with another key left into `earlier/`;
     returns where it is, or an empty string."""
     if step.stage == "eval":
-        old = [p for p in (run / "eval").glob(f"{step.checkpoint}*") if p.stem.split("-")[0] == step.checkpoint]
+        old = [p for p in (run / "eval").glob(f"{step.checkpoint}*")
+               if p.stem.split("-")[0] == step.checkpoint]
     elif step.stage == "report":
         old = [p for p in run.glob("report.*")]
     else:
@@ -418,7 +422,8 @@ def begin(run: Path, step: Step, key: str) -> None:
     from nanochat_nb.report import git_sha
     if read_marker(run, step).get("key") != key:
         if where := set_aside(run, step):
-            print(f"{step.name}: what was there was made with other parameters or inputs; it is now in {where}", flush=True)
+            print(f"{step.name}: what was there was made with other parameters or inputs; "
+                  f"it is now in {where}", flush=True)
     write_json(marker_path(run, step),
                {"step": step.name, "key": key, "state": "started", "git": git_sha()})
 
@@ -457,11 +462,13 @@ def prune(notebook: dict, name: str = "the notebook") -> dict:
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     counts = {tag: sum(tag in tags(c) for c in code) for tag in ("parameters", "run")}
     if counts["parameters"] != 1 or counts["run"] < 1:
-        raise UserError(f"{name} cannot run headless: it has {counts['parameters']} cells tagged `parameters` (one is "
-                        f"needed) and {counts['run']} tagged `run` (at least one is)")
+        raise UserError(f"{name} cannot run headless: it has {counts['parameters']} cells "
+                        f"tagged `parameters` (one is needed) and {counts['run']} tagged `run` "
+                        "(at least one is)")
     kept = [c for c in notebook["cells"]
             if c["cell_type"] == "markdown" or {"parameters", "run"} & set(tags(c))]
-    fresh = [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in kept]
+    fresh = [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
+             for c in kept]
     return notebook | {"cells": fresh}
 
 # %% ../nbs/15_launch.ipynb #same-imports
@@ -536,7 +543,8 @@ def kernel_options() -> Iterator[dict]:
     from traitlets.config import Config
     with tempfile.TemporaryDirectory(prefix="nb-") as folder:
         channel = {"transport": "ipc", "ip": f"{folder}/k"} if len(folder) < 80 else {}
-        yield {"config": Config({"KernelManager": channel}), "extra_arguments": [_KERNEL_DIES_TOO, "--log-level=50"]}
+        yield {"config": Config({"KernelManager": channel}),
+               "extra_arguments": [_KERNEL_DIES_TOO, "--log-level=50"]}
 
 # %% ../nbs/15_launch.ipynb #tee
 class Tee:
@@ -633,7 +641,8 @@ def without_errors(blocks: Iterable[bytes], told: list[str]) -> Iterator[str]:
 def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> None:
     """Run one step on several processes of this machine under torchrun,
     copying what rank 0 prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}",
                "-m", "--", "nanochat_nb.launch", name, "--run", str(run), "--preset", str(preset)]
     torchrun_says = run / "notebooks" / f"{name}.torchrun.log"
     torchrun_says.parent.mkdir(parents=True, exist_ok=True)
@@ -726,7 +735,8 @@ def show_report(run: Path) -> None:
 def _kernel(notebook, folder: Path, timeout: int = 600):
     """An nbclient with a running kernel in `folder`."""
     from nbclient import NotebookClient
-    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}
+    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32",
+              "CUDA_VISIBLE_DEVICES": ""}
     env = {k: v
            for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
     with kernel_options() as options:
@@ -808,7 +818,8 @@ def check_exercises(path: str | Path) -> list[str]:
                 stub = error_of(cell.source, index)
                 if not stub or stub.startswith(
                     ("SyntaxError", "IndentationError", "NameError", "ImportError")):
-                    wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: {stub or 'it passes'}")
+                    wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: "
+                                 f"{stub or 'it passes'}")
             elif "solution" in tags(cell) and exercise is not None:
                 solved = error_of(cell.source + "\n" + exercise.source.split(CHECK, 1)[-1], index)
                 if solved:
@@ -823,7 +834,8 @@ def refresh(numbers: Sequence[str] = ()) -> None:
     """Run the lessons of the notebooks with these numbers (all without any)
     and store their outputs."""
     from nbclient.exceptions import CellExecutionError
-    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if not numbers or p.stem[:2] in numbers]
+    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+             if not numbers or p.stem[:2] in numbers]
     if not paths:
         raise UserError(f"no notebook has the number {', '.join(numbers)}")
     for path in paths:
@@ -883,7 +895,8 @@ def where_to_compute(overrides: dict[str, dict]) -> str:
     Raises UserError for one that is absent."""
     base = stage_parameters(STEPS["base"], overrides)
     device = detect_device(base["device"] or None)
-    dtype = base["dtype"] or str(compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
+    dtype = base["dtype"] or str(
+        compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
     return f"{device}" + (f" in {dtype}" if dtype else "")
 
 # %% ../nbs/15_launch.ipynb #main
@@ -913,7 +926,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_names(overrides)
     check_sizes(overrides, processes)
     check_files(overrides)
-    print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}, "
+    print(f"Run {run.name}: preset {Path(args.what).stem}, "
+          f"{processes} process{'es' * (processes > 1)}, "
           f"{where_to_compute(overrides)}", flush=True)
     launch(overrides, run, title=Path(args.what).stem, processes=processes, until=args.until)
     if args.until == "report":
