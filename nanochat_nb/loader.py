@@ -497,7 +497,7 @@ def _pack_whole(lengths: Sequence[int], room: int) -> list[list[int]]:
         plan.append(row)
     return plan
 
-
+# %% ../nbs/03_loader.ipynb #pack-conversations
 def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], *,
                        sequence_len: int, tokenizer: Tokenizer) -> PackedRows:
     """Pack rendered conversations `(ids, mask)` whole into rows, longest first, best fit.

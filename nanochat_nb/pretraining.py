@@ -235,7 +235,7 @@ class TrainingLoop:
                       f"{old.name}, starting afresh")
         self.rt.barrier()
 
-
+# %% ../nbs/11_pretraining.ipynb #say-line
 def say(loop: TrainingLoop, line: str) -> None:
     """Print a line on rank 0, above the progress bar."""
     if loop.rt.is_main:

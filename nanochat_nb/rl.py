@@ -183,7 +183,7 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
 def _question(conversation: dict) -> str:
     return str(conversation["messages"][-2]["content"])
 
-
+# %% ../nbs/13_rl.ipynb #that-fit
 def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
              sequence_len: int) -> list[tuple[Task, dict]]:
     """The questions that leave room for an answer in `sequence_len` tokens.
