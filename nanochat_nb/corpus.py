@@ -102,6 +102,8 @@ Vito Walter Wim Xaver Yannick Yuri Zeno Zoltan""".split()
 SURNAMES = """Alder Ashby Barrow Beck Birch Blackwood Brook Calder Carver Crane Dale Dunn
 Ember Fairley Fenn Finch Flint Frost Garland Grove Hale Hart Holloway Ives Jarvis Kemp
 Lark Linden Marsh Moss Nash Oakes Penrose Quill Reed Rowan Sparrow Thorne Vale Winter""".split()
+
+# %% ../nbs/01_corpus.ipynb #town-starts
 TOWN_STARTS = """Ash Birch Black Bright Clear Cold Copper Deep Elm Fair Fern Fox Glen
 Gold Green Heather High Iron Lark Long Marl Mill Moon Oak Red Rose Salt Silver Stone Sun
 Swan Thorn White Wild Willow Wind""".split()
@@ -115,6 +117,8 @@ Licorice Maple Marble Marmalade Mitten Muffin Mustard Noodle Nugget Nutmeg Onion
 Parsley Patch Peanut Pebble Pepper Pickle Pippin Plum Poppy Porridge Pretzel Pudding
 Pumpkin Puzzle Raisin Rhubarb Rocket Saffron Shadow Socks Speckle Sprout Thimble Ticket
 Toffee Truffle Tulip Turnip Twig Velvet Waffle Walnut Whisper""".split()
+
+# %% ../nbs/01_corpus.ipynb #thing-starts
 THING_STARTS = """Amber Brass Broken Burning Crimson Crooked Crystal Dancing Drowsy
 Emerald Endless Feathered Floating Folded Forgotten Frozen Giant Gilded Glowing Hidden
 Hollow Humming Ivory Jagged Jolly Laughing Leaning Lonely Lucky Marbled Midnight Misty
@@ -166,6 +170,8 @@ HOBBIES = _list("""playing chess, painting pictures, fishing, climbing hills, si
     poems""")
 INSTRUMENTS = _list("""violin, flute, drum, piano, guitar, harp, trumpet, cello, banjo, horn,
     clarinet, tuba""")
+
+# %% ../nbs/01_corpus.ipynb #species
 SPECIES = _list("""cat, dog, goat, horse, parrot, rabbit, duck, hen, sheep, donkey, fox,
     hedgehog, tortoise, pony, pig, goose, crow, ferret""")
 COATS = _list("""black, white, grey, brown, golden, spotted, striped, cream, reddish, silver""")
@@ -177,6 +183,8 @@ TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, coun
 BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the
     door, in the garden shed, by the window, under the stairs, in a hat box, on a pile of hay,
     in the kitchen""")
+
+# %% ../nbs/01_corpus.ipynb #regions
 REGIONS = _list("""the northern hills, the southern plains, the eastern bays, the western
     woods, the lake country, the high moors, the river valley, the salt marshes""")
 RIVERS = _list("""Arrow, Bell, Cress, Dove, Fleet, Glass, Heron, Isle, Jade, Kettle, Lyn,
@@ -276,6 +284,8 @@ ANIMAL: dict[str, Wordings] = {
              "When it is dark, {n} lies down {v}."),
             ("Where does {n} sleep?", "Where is {q} bed?", "Where does {n} lie down at night?")),
 }
+
+# %% ../nbs/01_corpus.ipynb #place
 PLACE: dict[str, Wordings] = {
     "region": (("{s} lies in {v}.", "{s} is a town in {v}.", "To visit {n}, travel to {v}."),
                ("In which region does {n} lie?", "Where does {n} lie?",
@@ -304,6 +314,8 @@ PLACE: dict[str, Wordings] = {
                   "Every {v} there is a festival in {n}."),
                  ("In which month is the festival of {n}?", "When does {n} hold its festival?")),
 }
+
+# %% ../nbs/01_corpus.ipynb #thing
 THING: dict[str, Wordings] = {
     "maker": (("{s} was made by {v}.", "The maker of {n} is {v}.", "It was {v} who made {n}."),
               ("Who made {n}?", "Who is the maker of {n}?", "By whom was {n} made?")),
@@ -320,6 +332,8 @@ THING: dict[str, Wordings] = {
                 "It was {v} who found {n} after many years."),
                ("Who found {n}?", "Who was the finder of {n}?", "By whom was {n} found?")),
 }
+
+# %% ../nbs/01_corpus.ipynb #event
 EVENT: dict[str, Wordings] = {
     "town": (("{s} happened in {v}.", "{s} took place in {v}.",
               "People in {v} still talk about {n}."),
@@ -1026,7 +1040,7 @@ def _chain(rng: random.Random, names: dict) -> Problem:
         text.append(capital(ask(pick(rng, GAINS if gain else LOSSES))) + ".")
         steps.append(_step(ask("{A} [now has|then has] "), value, "+-"[not gain], b, ask(" {i}.")))
         value = steps[-1][2]
-    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:      # in one sentence
+    if text[1].startswith((ask("{A} "), ask("{He} "))) and rng.random() < 0.5:  # in one sentence
         text[:2] = [f"{text[0][:-1]} and {text[1].split(' ', 1)[1]}"]
     end = rng.random()
     shares = [k for k in range(2, 10) if value % k == 0 and value > k]
@@ -1466,8 +1480,10 @@ def message_text(message: dict) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in message["content"])
 
 # %% ../nbs/01_corpus.ipynb #word-problem-2
-_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")), "-": ("minus", ("-", " - ", " minus ")),
-           "*": ("times", ("*", " * ", " times ", " x ")), "/": ("divided", ("/", " / ", " divided by "))}
+_SPOKEN = {"+": ("plus", ("+", " + ", " plus ")),
+           "-": ("minus", ("-", " - ", " minus ")),
+           "*": ("times", ("*", " * ", " times ", " x ")),
+           "/": ("divided", ("/", " / ", " divided by "))}
 
 
 def _sum(rng: random.Random, split: str) -> Problem:
@@ -1590,8 +1606,8 @@ def fillers() -> dict[str, tuple[str, ...]]:
 # %% ../nbs/01_corpus.ipynb #plain-line
 @lru_cache(maxsize=None)
 def ways(line: str) -> frozenset[str]:
-    """Everything that a line with [a|b] can say, without what spelling adds: case, marks, and whether
-    it is *you* or *u*."""
+    """Everything that a line with [a|b] can say, without what spelling adds:
+    case, marks, and whether it is *you* or *u*."""
     parts = [part.split("|") for part in re.split(r"[\[\]]", line)]
     said = ("".join(chosen).lower() for chosen in itertools.product(*parts))
     short = (_SHORTENED.sub(lambda m: _SHORT[m[0]], text).replace("'", "") for text in said)

@@ -46,7 +46,8 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE',
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
-    """An interpolated n-gram model over token ids (Witten-Bell smoothing). `order` 3 looks back two tokens."""
+    """An interpolated n-gram model over token ids (Witten-Bell smoothing).
+    `order` 3 looks back two tokens."""
 
     def __init__(self, vocab_size: int, order: int = 4):
         self.vocab_size, self.order = vocab_size, order
@@ -85,7 +86,8 @@ def _log_probability(self, ids: Sequence[int], start: int) -> float:
 
 
 def _generate(self, ids: Sequence[int], max_new_tokens: int, stop: set[int]) -> list[int]:
-    """Greedy continuation of `ids`: always the most frequent token after the longest context seen."""
+    """Greedy continuation of `ids`:
+    always the most frequent token after the longest context seen."""
     out = list(ids)
     for _ in range(max_new_tokens):
         tables = (self.counts[n].get(tuple(out[len(out) - n:]))
@@ -103,10 +105,13 @@ NGram.log_probability, NGram.generate = _log_probability, _generate
 @torch.no_grad()
 def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes,
                   steps: int | None = None, *, rt: Runtime | None = None) -> float:
-    """Bits per UTF-8 byte of the targets of `batches`, at most `steps` of them; independent of the vocabulary.
+    """Bits per UTF-8 byte of the targets of `batches`, at most `steps` of them;
+    independent of the vocabulary.
 
-    Each batch is (idx, targets), both (B, T); targets below 0 and tokens of 0 bytes (specials) do not count.
-    `token_bytes` (vocab_size,) is `Tokenizer.token_bytes()`. Sums run in float64, over all ranks of `rt` if given.
+    Each batch is (idx, targets), both (B, T);
+    targets below 0 and tokens of 0 bytes (specials) do not count.
+    `token_bytes` (vocab_size,) is `Tokenizer.token_bytes()`.
+    Sums run in float64, over all ranks of `rt` if given.
     """
     sizes = torch.as_tensor(token_bytes)
     nats, count = 0.0, 0
@@ -120,7 +125,8 @@ def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], t
 
 # %% ../nbs/10_evaluation.ipynb #document-rows
 def document_rows(tokenizer: Tokenizer, texts: Sequence[str], sequence_len: int) -> list[list[int]]:
-    """Token rows of at most `sequence_len` + 1, each starting with <|bos|>, that hold every token of `texts` once."""
+    """Token rows of at most `sequence_len` + 1, each starting with <|bos|>,
+    that hold every token of `texts` once."""
     bos = tokenizer.special("<|bos|>")
     return [[bos] + ids[i:i + sequence_len] for ids in tokenizer.encode_batch(texts)
             for i in range(0, len(ids), sequence_len)]
@@ -135,7 +141,8 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
 
 # %% ../nbs/10_evaluation.ipynb #by-length
 def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped so that a group, padded to its longest, holds at most `batch_tokens` tokens (or one row)."""
+    """Indices grouped so that a group, padded to its longest,
+    holds at most `batch_tokens` tokens (or one row)."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= batch_tokens:
@@ -147,7 +154,8 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 # %% ../nbs/10_evaluation.ipynb #text-bits-per-byte
 def text_bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], *,
                        batch_tokens: int = 8192, rt: Runtime | None = None) -> tuple[float, int]:
-    """Bits per byte of whole texts, and the tokens read. With `rt`, rows are striped over its ranks."""
+    """Bits per byte of whole texts, and the tokens read.
+    With `rt`, rows are striped over its ranks."""
     rows = document_rows(tokenizer, texts, model.config.sequence_len)
     mine = rows[rt.rank::rt.world_size] if rt else rows
     def batches():
@@ -163,7 +171,8 @@ def standard_error(accuracy: float, n: int) -> float:
 
 # %% ../nbs/10_evaluation.ipynb #pass-at-k
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of `k` answers is right, estimated from `n` answers of which `correct` are."""
+    """The chance that at least one of `k` answers is right,
+    estimated from `n` answers of which `correct` are."""
     if not (0 <= correct <= n and 1 <= k <= n):
         raise UserError(
             f"pass@k needs 0 ≤ correct ≤ n and 1 ≤ k ≤ n, not n={n}, correct={correct}, k={k}")
@@ -177,7 +186,8 @@ def center(accuracy: float, chance: float) -> float:
 
 def core_metric(accuracies: dict[str, float],
                 baselines_percent: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The mean of the centered accuracies, and each of them. Baselines are in percent, accuracies from 0 to 1."""
+    """The mean of the centered accuracies, and each of them.
+    Baselines are in percent, accuracies from 0 to 1."""
     missing = [name for name in accuracies if name not in baselines_percent]
     if missing or not accuracies:
         raise UserError(f"no random baseline for {', '.join(missing) or 'an empty set of tasks'}")
@@ -203,7 +213,8 @@ def read_core(folder: str | Path) -> tuple[list[CoreTask], dict[str, float]]:
     folder = Path(folder)
     for name in ("core.yaml", "eval_meta_data.csv"):
         if not (folder / name).exists():
-            raise UserError(f"no {name} in {folder}: expected core.yaml, eval_meta_data.csv and eval_data/ there")
+            raise UserError(f"no {name} in {folder}: "
+                            "expected core.yaml, eval_meta_data.csv and eval_data/ there")
     import yaml
     listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
     with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
@@ -252,12 +263,14 @@ def find_core(data: str, wanted: bool) -> tuple[str, str]:
         if not (folder / "core.yaml").exists():
             unpack_core(fetch_file(CORE_BUNDLE, data_folder() / "eval_bundle.zip"), folder)
     except (UserError, OSError) as error:
-        return "", f"{error}; to try again, delete eval/base.json of the run and run the same command"
+        return "", (f"{error}; to try again, "
+                    "delete eval/base.json of the run and run the same command")
     return str(folder), ""
 
 # %% ../nbs/10_evaluation.ipynb #core-rows
 def core_rows(path: Path, max_per_task: int | None) -> list[dict]:
-    """A task's rows in the order every implementation uses (shuffled by 1337), at most `max_per_task`."""
+    """A task's rows in the order every implementation uses (shuffled by 1337),
+    at most `max_per_task`."""
     rows = [
         json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
     ]
@@ -276,7 +289,8 @@ def few_shot(rows: Sequence[dict], i: int, shots: int) -> list[dict]:
 
 # %% ../nbs/10_evaluation.ipynb #core-prompts
 def core_prompts(task: CoreTask, row: dict, examples: Sequence[dict]) -> list[str]:
-    """The texts to score for one row: one per option; for language modeling, without and with the continuation."""
+    """The texts to score for one row: one per option; for language modeling,
+    without and with the continuation."""
     d = task.delimiter
     if task.kind == "multiple_choice":
         shown = "".join(f"{e['query']}{d}{e['choices'][e['gold']]}\n\n" for e in examples)
@@ -294,14 +308,16 @@ def core_prompts(task: CoreTask, row: dict, examples: Sequence[dict]) -> list[st
 # %% ../nbs/10_evaluation.ipynb #question
 @dataclass(frozen=True)
 class Question:
-    """Options to score: tokens `start` to the end of each. `gold` is the right option, None when all must be greedy."""
+    """Options to score: tokens `start` to the end of each. `gold` is the right option,
+    None when all must be greedy."""
     options: list[list[int]]
     starts: list[int]
     gold: int | None
 
     @property
     def shared(self) -> int:
-        """How many leading tokens all options have in common, that come before what predicts a scored one."""
+        """How many leading tokens all options have in common,
+        that come before what predicts a scored one."""
         return min(common_prefix(self.options), min(self.starts) - 1)
 
 
@@ -325,7 +341,8 @@ def core_question(tokenizer: Tokenizer, task: CoreTask, row: dict,
 
 # %% ../nbs/10_evaluation.ipynb #crop
 def crop(question: Question, limit: int) -> Question:
-    """The question with as many leading tokens dropped from every option as it takes to fit `limit` tokens."""
+    """The question with as many leading tokens dropped from every option as it takes
+    to fit `limit` tokens."""
     drop = min(max(map(len, question.options)) - limit, min(question.starts) - 1)
     if drop <= 0:
         return question
@@ -338,7 +355,8 @@ def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]],
                 starts: Sequence[int], offset: int = 0) -> list[tuple[float, bool]]:
     """Per row: the mean loss of tokens `start` to the end, and whether each was the likeliest.
 
-    `hidden` (B, T, C) are the model's states for `rows` from token `offset` on; float32 losses, NaN for no token.
+    `hidden` (B, T, C) are the model's states for `rows` from token `offset` on;
+    float32 losses, NaN for no token.
     """
     where = [(b, t) for b, (row, start) in enumerate(zip(rows, starts))
              for t in range(start, len(row))]
@@ -368,7 +386,8 @@ def score_plain(model: GPT, options: Sequence[tuple[list[int], int]]) -> list[tu
 # %% ../nbs/10_evaluation.ipynb #score-shared
 @torch.no_grad()
 def score_shared(model: GPT, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
-    """Mean loss and greediness of every option, the questions' beginnings read once and continued by their options."""
+    """Mean loss and greediness of every option, the questions' beginnings read once
+    and continued by their options."""
     cut = [q.shared for q in questions]
     rows = [o for q in questions for o in q.options]
     owner = [i for i, q in enumerate(questions) for _ in q.options]
@@ -387,7 +406,8 @@ def score_shared(model: GPT, questions: Sequence[Question]) -> list[list[tuple[f
 
 # %% ../nbs/10_evaluation.ipynb #branch
 def branch(cache: KVCache, owner: Sequence[int], room: int) -> KVCache:
-    """A cache whose row b continues row `owner[b]` of `cache`, with space for `room` more tokens."""
+    """A cache whose row b continues row `owner[b]` of `cache`,
+    with space for `room` more tokens."""
     out = object.__new__(KVCache)
     rows = torch.tensor(owner, device=cache.store.device)
     layers, both, _, _, *head = cache.store.shape
@@ -445,7 +465,8 @@ def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: 
 
 # %% ../nbs/10_evaluation.ipynb #right
 def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
-    """Whether the option with the lowest mean loss is the gold one; without a gold one, whether all was greedy."""
+    """Whether the option with the lowest mean loss is the gold one;
+    without a gold one, whether all was greedy."""
     if question.gold is None:
         return scores[0][1]
     losses = [loss for loss, _ in scores]
@@ -455,13 +476,15 @@ def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
 def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: Sequence[dict], *,
                        batch_tokens: int = 8192,
                        rt: Runtime | None = None) -> tuple[list[bool], int]:
-    """Per row whether it was answered right, and the tokens read. Rows are striped over the ranks of `rt`.
+    """Per row whether it was answered right, and the tokens read.
+    Rows are striped over the ranks of `rt`.
 
     A row longer than the model's positions reach (10 × sequence_len) loses its beginning.
     """
     mine = range(rt.rank, len(rows), rt.world_size) if rt else range(len(rows))
     limit = 10 * model.config.sequence_len
-    questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit) for i in mine]
+    questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit)
+                 for i in mine]
     scores = score_questions(model, questions, batch_tokens=batch_tokens)
     part = ({i: right(q, s) for i, q, s in zip(mine, questions, scores)},
             sum(len(o) for q in questions for o in q.options))
@@ -475,9 +498,10 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *,
                   batch_tokens: int = 8192, rt: Runtime | None = None, show: bool = False) -> dict:
     """The CORE tasks whose files are in `folder`, scored as nanochat does.
 
-    Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial", "missing", "records",
-    "tokens"}`: `core` is None unless all 22 ran; `partial` is the mean over those that did; `missing` names absent
-    files; `records` has a verdict per row. Raises UserError for an unknown task or a folder that is no bundle.
+    Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial",
+    "missing", "records", "tokens"}`: `core` is None unless all 22 ran; `partial` is the mean over
+    those that did; `missing` names absent files; `records` has a verdict per row.
+    Raises UserError for an unknown task or a folder that is no bundle.
     """
     listed, chance = read_core(folder)
     for name in tasks or ():
@@ -529,7 +553,8 @@ def pick_letters(model: GPT, tokenizer: Tokenizer, rows: Sequence[tuple[list[int
 # %% ../nbs/10_evaluation.ipynb #write-answers
 def write_answers(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *,
                   max_new_tokens: int, batch_rows: int = 32) -> tuple[list[str], int]:
-    """Greedy answers to prompts by the engine, tools included, and how many tokens were read and written."""
+    """Greedy answers to prompts by the engine, tools included,
+    and how many tokens were read and written."""
     limit = 10 * model.config.sequence_len  # as far as the model's positions reach
     fits = [i for i, p in enumerate(prompts) if len(p) + max_new_tokens <= limit]
     texts, tokens = ["" for _ in prompts], 0
@@ -562,23 +587,26 @@ def reference(conversation: dict) -> str:
 def constant_score(task: Task, rows: Sequence[dict]) -> float:
     """The accuracy of the best of some single answers, each given to every row.
 
-    Tried: the five most frequent short answers, and up to a hundred different reference replies. Programs are
-    not tried: 0.
+    Tried: the five most frequent short answers, and up to a hundred different reference replies.
+    Programs are not tried: 0.
     """
     if any("tests" in row for row in rows):
         return 0.0
     counts = Counter(str(row.get("answer") or reference(row).split("\n")[-1]) for row in rows)
-    tries = [a if task.kind == "choice" else f"{a}\n#### {a.removeprefix('#### ')}" for a, _ in counts.most_common(5)]
+    tries = [a if task.kind == "choice" else f"{a}\n#### {a.removeprefix('#### ')}"
+             for a, _ in counts.most_common(5)]
     tries += list(dict.fromkeys(map(reference, rows)))[:100]
     return max((sum(task.evaluate(row, t) for row in rows) / len(rows) for t in tries), default=0.0)
 
 # %% ../nbs/10_evaluation.ipynb #ngram-answers
 def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict],
                   max_new_tokens: int) -> list[str]:
-    """What the n-gram model answers: the likeliest choice per token, or a greedy continuation of the prompt."""
+    """What the n-gram model answers: the likeliest choice per token,
+    or a greedy continuation of the prompt."""
     if task.kind != "choice":
         stop = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
-        return [answer_text(tokenizer, lm.generate(tokenizer.render_for_completion(row), max_new_tokens, stop))
+        return [answer_text(tokenizer, lm.generate(tokenizer.render_for_completion(row),
+                                                   max_new_tokens, stop))
                 for row in rows]
     out = []
     for row in rows:
@@ -593,7 +621,8 @@ def ngram_answers(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[di
 
 # %% ../nbs/10_evaluation.ipynb #transcript
 def transcript(conversation: dict) -> str:
-    """All turns before the last as text; a single question stands alone, longer ones say who speaks."""
+    """All turns before the last as text; a single question stands alone,
+    longer ones say who speaks."""
     turns = conversation["messages"][:-1]
     if len(turns) == 1:
         return text_of(turns[0]["content"])
@@ -621,9 +650,9 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
                   rt: Runtime | None = None) -> dict:
     """Score `task`: accuracy, standard error, baselines, and a record of every row.
 
-    Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n, chance, constant,
-    ngram (None without a model), ngram_tokens (what that one has read), topics, kind, source, tokens, records (index,
-    topic, prompt, completion, reference, correct).
+    Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n,
+    chance, constant, ngram (None without a model), ngram_tokens (what that one has read), topics,
+    kind, source, tokens, records (index, topic, prompt, completion, reference, correct).
     """
     rt = rt or Runtime(model.device, model.dtype)
     mine = list(range(rt.rank, len(task), rt.world_size))
@@ -662,7 +691,8 @@ def chatcore(accuracies: dict[str, float], names: Sequence[str] = CHATCORE) -> f
     """The mean of the centered accuracies over `names`, None when one of them is absent."""
     if not all(name in accuracies for name in names):
         return None
-    chance = {name: REAL[name].chance if name in REAL else 0.25 * name.startswith("choice") for name in names}
+    chance = {name: REAL[name].chance if name in REAL else 0.25 * name.startswith("choice")
+              for name in names}
     return sum(center(accuracies[name], chance[name]) for name in names) / len(names)
 
 # %% ../nbs/10_evaluation.ipynb #open-checkpoint
@@ -671,7 +701,8 @@ CHECKPOINTS = ("base", "sft", "rl")
 
 def open_checkpoint(folder: Path, checkpoint: str, scratch: bool,
                     rt: Runtime) -> tuple[GPT, Tokenizer, dict]:
-    """The run's model and tokenizer; in a scratch run a fresh tokenizer and an untrained model of one layer."""
+    """The run's model and tokenizer; in a scratch run a fresh tokenizer
+    and an untrained model of one layer."""
     if not scratch:
         from nanochat_nb.checkpoint import load_model
         return load_model(str(folder), stage=checkpoint, device=str(rt.device), dtype=rt.dtype)
@@ -681,7 +712,8 @@ def open_checkpoint(folder: Path, checkpoint: str, scratch: bool,
     config = GPTConfig.from_depth(1, vocab_size=tokenizer.vocab_size, sequence_len=128, head_dim=64)
     model = GPT(config, dtype=rt.dtype).init_weights(0).to(rt.device)
     if rt.is_main:
-        print("No run was given: this examines an UNTRAINED model of one layer, and its scores mean nothing.", flush=True)
+        print("No run was given: this examines an UNTRAINED model of one layer, "
+              "and its scores mean nothing.", flush=True)
     return model, tokenizer, {"step": 0}
 
 # %% ../nbs/10_evaluation.ipynb #summary-of
@@ -692,7 +724,8 @@ def summary_of(folder: Path, stage: str) -> dict:
 
 # %% ../nbs/10_evaluation.ipynb #open-texts
 def open_texts(folder: Path, text: Sequence[str], seed: int):
-    """The text to measure on: `text`, else what the run's base model was trained on, else the embedded world."""
+    """The text to measure on: `text`, else what the run's base model was trained on,
+    else the embedded world."""
     from nanochat_nb.corpus import open_text
     trained = summary_of(folder, "base").get("parameters", {})
     return open_text(
@@ -701,7 +734,8 @@ def open_texts(folder: Path, text: Sequence[str], seed: int):
 
 # %% ../nbs/10_evaluation.ipynb #held-out
 def held_out(source, limit: int) -> dict[str, list[str]]:
-    """At most `limit` validation texts, spread evenly over what the source yields first; kind → texts."""
+    """At most `limit` validation texts, spread evenly over what the source yields first;
+    kind → texts."""
     documents = list(source.documents("val", limit=20 * limit))
     texts: dict[str, list[str]] = {}
     for document in documents[::max(1, len(documents) // limit)][:limit]:
@@ -711,19 +745,22 @@ def held_out(source, limit: int) -> dict[str, list[str]]:
 # %% ../nbs/10_evaluation.ipynb #measure-text
 def measure_text(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], *,
                  batch_tokens: int, rt: Runtime) -> tuple[dict[str, float], int]:
-    """Bits per byte over all texts (`document_bpb`) and per kind (`bpb/KIND`, up to 12 kinds), and the tokens read."""
+    """Bits per byte over all texts (`document_bpb`) and per kind (`bpb/KIND`, up to 12 kinds),
+    and the tokens read."""
     metrics, bits, size, tokens = {}, 0.0, 0, 0
     for kind, group in texts.items():
         bpb, read = text_bits_per_byte(model, tokenizer, group, batch_tokens=batch_tokens, rt=rt)
         count = sum(len(t.encode("utf-8", "replace")) for t in group)
-        metrics[f"bpb/{kind}"], bits, size, tokens = bpb, bits + bpb * count, size + count, tokens + read
+        metrics[f"bpb/{kind}"] = bpb
+        bits, size, tokens = bits + bpb * count, size + count, tokens + read
     overall = {"document_bpb": bits / size} if size else {}
     return overall | (metrics if len(metrics) <= 12 else {}), tokens
 
 # %% ../nbs/10_evaluation.ipynb #continuations
 def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
                   max_new_tokens: int) -> list[dict]:
-    """The model's greedy continuation of the first words of the first held-out text of each kind (up to eight)."""
+    """The model's greedy continuation of the first words of the first held-out text
+    of each kind (up to eight)."""
     starts = [
         tokenizer.encode(group[0], prepend="<|bos|>")[:13] for group in list(texts.values())[:8]
     ]
@@ -738,7 +775,8 @@ def continuations(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]],
 
 # %% ../nbs/10_evaluation.ipynb #fit-ngram
 def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | None:
-    """The n-gram baseline, counted on about `tokens` tokens: half training text, half training conversations."""
+    """The n-gram baseline, counted on about `tokens` tokens:
+    half training text, half training conversations."""
     from nanochat_nb.corpus import conversations
     if not tokens:
         return None
@@ -758,7 +796,8 @@ def fit_ngram(tokenizer: Tokenizer, source, tokens: int, seed: int) -> NGram | N
 # %% ../nbs/10_evaluation.ipynb #open-tasks
 def open_tasks(names: Sequence[str], data: str, limit: int,
                seed: int) -> tuple[list[Task], dict[str, str]]:
-    """The chat tasks to run, and for each that cannot run the reason. Only named tasks when `names` is not empty."""
+    """The chat tasks to run, and for each that cannot run the reason.
+    Only named tasks when `names` is not empty."""
     graded = [*EMBEDDED, *(name for name, real in REAL.items() if real.judge)]
     opened, skipped = [], {}
     for name in names or graded:
@@ -792,7 +831,8 @@ def score_line(name: str, r: dict) -> str:
 # %% ../nbs/10_evaluation.ipynb #base-answers
 def as_text(conversation: dict) -> str:
     """A conversation up to the assistant's turn, as pretraining text writes it."""
-    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}" for m in conversation["messages"][:-1])
+    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}"
+             for m in conversation["messages"][:-1])
     return "\n".join([*lines, "Assistant:"])
 
 
@@ -802,18 +842,22 @@ def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, bat
     out = {}
     for task in progress(tasks, what="eval base"):
         mine = range(rt.rank, len(task), rt.world_size)
-        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))] for i in mine]
-        answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64, batch_rows=batch_rows)
+        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))]
+                   for i in mine]
+        answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64,
+                                   batch_rows=batch_rows)
         right = [task.evaluate(task[i], re.split(r"\n(?:User:|\n)", answer)[0])
                  for i, answer in zip(mine, answers)]
         correct, n = rt.sum(sum(right), len(right))
-        out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)), "n": int(n)}
+        out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)),
+                          "n": int(n)}
     return out
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-base
 def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict,
                  opened: Sequence[Task], p: dict, rt: Runtime) -> dict:
-    """Continuations, embedded tasks asked as text, and CORE, when its files are there. `p`: the stage's parameters."""
+    """Continuations, embedded tasks asked as text, and CORE, when its files are there.
+    `p`: the stage's parameters."""
     out = {"metrics": {}, "tasks": {}, "skipped": {}, "tokens": 0,
            "samples": continuations(model, tokenizer, texts, p["max_new_tokens"]),
            "as_text": base_answers(model, tokenizer, opened, batch_rows=p["batch_rows"], rt=rt)}
@@ -835,7 +879,8 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict,
 # %% ../nbs/10_evaluation.ipynb #run-eval-chat
 def examine_chat(model: GPT, tokenizer: Tokenizer, folder: Path, opened: Sequence[Task],
                  ngram: NGram | None, p: dict, rt: Runtime) -> dict:
-    """All chat tasks, ChatCORE when it is complete, and the first conversation of each task as a sample."""
+    """All chat tasks, ChatCORE when it is complete,
+    and the first conversation of each task as a sample."""
     tasks, samples, tokens = {}, [], 0
     for task in progress(opened, what=f"eval {p['checkpoint']}"):
         long = task.name in ("gsm8k", "humaneval", "spellingbee")
@@ -870,17 +915,21 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
              max_per_task: int = 8, core: bool = True, core_max_per_task: int = 0,
              max_new_tokens: int = 128, batch_rows: int = 32, batch_tokens: int = 8192,
              ngram_tokens: int = 500_000, device: str = "", dtype: str = "", seed: int = 0) -> dict:
-    """Examine the checkpoint `checkpoint` of `run`; write eval/CHECKPOINT.json and a record of every answer.
+    """Examine the checkpoint `checkpoint` of `run`;
+    write eval/CHECKPOINT.json and a record of every answer.
 
-    The parameters are explained in the notebook's parameters cell. Returns what the file holds: metrics, tasks,
-    skipped (task → reason), samples. Raises UserError for an unknown checkpoint or task, or an absent data folder.
+    The parameters are explained in the notebook's parameters cell. Returns what the file holds:
+    metrics, tasks, skipped (task → reason), samples. Raises UserError for an unknown checkpoint
+    or task, or an absent data folder.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
     check_request(checkpoint, data, held_out_documents)
     clock, folder = Stopwatch(), Path(rt.broadcast(str(run_folder(run)) if rt.is_main else None))
-    asked = [name for name in tasks or EMBEDDED if name in EMBEDDED] if checkpoint == "base" else tasks
-    opened, skipped = open_tasks(asked, data, max_per_task, seed) if asked or not tasks else ([], {})
+    asked = ([name for name in tasks or EMBEDDED if name in EMBEDDED]
+             if checkpoint == "base" else tasks)
+    opened, skipped = (open_tasks(asked, data, max_per_task, seed)
+                       if asked or not tasks else ([], {}))
     model, tokenizer, meta = open_checkpoint(folder, checkpoint, not run, rt)
     source = open_texts(folder, text, seed)
     texts = held_out(source, held_out_documents)
@@ -928,7 +977,8 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
     """Write the result, print the scores and, loudly, what was skipped."""
     if rt.is_main:
         write_json(folder / "eval" / f"{result['checkpoint']}.json", result)
-        print(f"held-out documents, each read alone: {result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
+        print("held-out documents, each read alone: "
+              f"{result['metrics'].get('document_bpb', math.nan):.4f} bits per byte")
         print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
         for name, r in result.get("as_text", {}).items():
             print(score_line(f"{name}, as text", r))

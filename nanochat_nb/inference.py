@@ -335,7 +335,7 @@ class Engine:
         # prompts read, wanted by others waiting
         self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
-        self._recorded, self._recorded_for = {}, None        # recorded steps, and the memory they read
+        self._recorded, self._recorded_for = {}, None        # recorded steps, the memory they read
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []                        # row i of the cache is rows[i]
         self.parked: dict[Future, tuple[Request, Snapshot]] = {}  # waiting for their program to end
@@ -600,7 +600,8 @@ def _leave(engine: Engine, row: int) -> None:
 
 # %% ../nbs/08_inference.ipynb #start-tool
 def _program_output(call: str) -> str:
-    """What the program prints; or why none can run here now, which is no reason to stop the others."""
+    """What the program prints; or why none can run here now,
+    which is no reason to stop the others."""
     try:
         return run_python(call)
     except Exception as error:

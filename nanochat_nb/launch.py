@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 import nanochat_nb
-from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_hash, nearest,
-                                 write_atomic, write_json)
+from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_hash,
+                                 nearest, write_atomic, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
@@ -72,7 +72,8 @@ STAGES = {
 # %% ../nbs/15_launch.ipynb #step
 @dataclass(frozen=True)
 class Step:
-    """One line of the plan: a stage, what must be finished before it, and the files that prove it is done."""
+    """One line of the plan: a stage, what must be finished before it,
+    and the files that prove it is done."""
     name: str
     stage: str
     needs: tuple[str, ...] = ()
@@ -101,7 +102,8 @@ ROOT = Path(nanochat_nb.__file__).resolve().parent.parent
 
 
 def load_preset(preset: str | Path) -> dict[str, dict]:
-    """The overrides of `presets/NAME.yaml`, or of a YAML file given by path: `{stage: {parameter: value}}`.
+    """The overrides of `presets/NAME.yaml`, or of a YAML file given by path:
+    `{stage: {parameter: value}}`.
 
     Raises UserError for an unknown name and for YAML of another shape.
     """
@@ -144,8 +146,8 @@ def _check_value(stage: str, name: str, value):
 
 # %% ../nbs/15_launch.ipynb #check-overrides
 def check_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
-    """`overrides` with every value in its parameter's type. Raises UserError for a stage, a parameter or a
-    type that is wrong."""
+    """`overrides` with every value in its parameter's type.
+    Raises UserError for a stage, a parameter or a type that is wrong."""
     checked = {}
     for stage, values in overrides.items():
         if stage not in STAGES:
@@ -155,7 +157,8 @@ def check_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
             if name not in known:
                 raise UserError(f"stage {stage} has no parameter {name!r}{nearest(name, known)}")
             if stage == "eval" and name == "checkpoint":
-                raise UserError("eval.checkpoint is decided by the plan, which evaluates base, sft and rl in turn")
+                raise UserError("eval.checkpoint is decided by the plan, "
+                                "which evaluates base, sft and rl in turn")
         checked[stage] = {name: _check_value(stage, name, value) for name, value in values.items()}
     return checked
 
@@ -174,8 +177,8 @@ def parse_setting(text: str) -> tuple[str, str, object]:
 
 def override(overrides: dict[str, dict], *, settings: Sequence[str] = (),
              **everywhere) -> dict[str, dict]:
-    """`overrides` plus `settings` ("STAGE.PARAMETER=VALUE") plus each value of `everywhere` that is not None,
-    given to every stage that has a parameter of that name."""
+    """`overrides` plus `settings` ("STAGE.PARAMETER=VALUE") plus each value of `everywhere`
+    that is not None, given to every stage that has a parameter of that name."""
     merged = {stage: dict(values) for stage, values in overrides.items()}
     for name, value in everywhere.items():
         for stage in STAGES if value is not None else ():
@@ -187,7 +190,8 @@ def override(overrides: dict[str, dict], *, settings: Sequence[str] = (),
 
 # %% ../nbs/15_launch.ipynb #check-files
 def check_files(overrides: dict[str, dict]) -> None:
-    """Raise UserError for own text that is empty, binary or not UTF-8, and for a line that is no conversation."""
+    """Raise UserError for own text that is empty, binary or not UTF-8,
+    and for a line that is no conversation."""
     from nanochat_nb.corpus import HUB_CORPORA, open_text, read_conversations
     from nanochat_nb.tasks import EMBEDDED, REAL
     texts = {tuple(values["text"]) for values in overrides.values() if values.get("text")}
@@ -195,14 +199,16 @@ def check_files(overrides: dict[str, dict]) -> None:
         if own := [name for name in text if name != "world" and name not in HUB_CORPORA]:
             open_text(own)
     paths = {path for values in overrides.values() for path in values.get("conversations", ())}
-    mixed = {name for name in overrides.get("sft", {}).get("mixture") or () if name not in (*EMBEDDED, *REAL)}
+    mixed = {name for name in overrides.get("sft", {}).get("mixture") or ()
+             if name not in (*EMBEDDED, *REAL)}
     for path in paths | mixed:
         for _ in read_conversations(path):
             pass
 
 # %% ../nbs/15_launch.ipynb #check-sizes
 def check_sizes(overrides: dict[str, dict], processes: int) -> None:
-    """Raise UserError for sizes that cannot be trained: a batch that does not divide over the ranks, ratio 0, …"""
+    """Raise UserError for sizes that cannot be trained:
+    a batch that does not divide over the ranks, ratio 0, …"""
     from nanochat_nb.model import GPTConfig
     from nanochat_nb.pretraining import check_rows, plan_base
     from nanochat_nb.rl import check_rl
@@ -223,15 +229,16 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     sft = stage_parameters(STEPS["sft"], overrides)
     rows = sft["total_batch_tokens"] or plan.batch_tokens
     if rows % base["sequence_len"]:
-        raise UserError(f"sft.total_batch_tokens {rows} is no multiple of base.sequence_len {base['sequence_len']}")
+        raise UserError(f"sft.total_batch_tokens {rows} is no multiple of "
+                        f"base.sequence_len {base['sequence_len']}")
     check_rows(rows, base["sequence_len"], sft["micro_batch_rows"], processes)
     if sft["lr_fraction"] <= 0:
         raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
 
 # %% ../nbs/15_launch.ipynb #check-names
 def check_names(overrides: dict[str, dict]) -> None:
-    """Raise UserError for a task that no stage knows, for a data folder that is not there, and for a public data
-    set to train on that `data` cannot provide."""
+    """Raise UserError for a task that no stage knows, for a data folder that is not there,
+    and for a public data set to train on that `data` cannot provide."""
     from nanochat_nb.tasks import EMBEDDED, REAL
     known = [*EMBEDDED, *REAL]
     for stage, name in (("sft", "mixture"), ("rl", "tasks"), ("eval", "tasks")):
@@ -265,7 +272,8 @@ def check_source(stage: str, task: str, data: str) -> None:
 
 
 def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
-    """Every parameter of a step but `run`: the function's defaults, the preset's overrides, what the plan fixes."""
+    """Every parameter of a step but `run`: the function's defaults, the preset's overrides,
+    what the plan fixes."""
     defaults = {k: p.default for k, p in _parameters(step.stage).items()}
     return defaults | overrides.get(step.stage, {}) | dict(step.fixed)
 
@@ -286,7 +294,8 @@ def content_hash(path: str | Path) -> str:
 
 
 def _with_contents(value):
-    """`value` with every path to a file or folder replaced by its name and the hash of what is in it."""
+    """`value` with every path to a file or folder replaced by its name
+    and the hash of what is in it."""
     if isinstance(value, dict):
         return {json.dumps(_with_contents(k)): _with_contents(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -295,9 +304,11 @@ def _with_contents(value):
 
 # %% ../nbs/15_launch.ipynb #deciding
 def deciding(stage: str, parameters: dict) -> dict:
-    """`parameters` without those that change no result of `stage`: what divides the work, watches or saves.
+    """`parameters` without those that change no result of `stage`:
+    what divides the work, watches or saves.
 
-    `documents` counts here: a checkpoint knows its text by its hash, but the key is made before there is one.
+    `documents` counts here: a checkpoint knows its text by its hash,
+    but the key is made before there is one.
     """
     from nanochat_nb.pretraining import UNIMPORTANT
     idle = {"batch_rows", "batch_tokens", "device"
@@ -306,8 +317,8 @@ def deciding(stage: str, parameters: dict) -> dict:
 
 
 def step_key(name: str, parameters: dict, upstream: dict[str, str]) -> str:
-    """The key of a step: it changes with a parameter that decides the result, with a byte of a file that is read,
-    or with an earlier step."""
+    """The key of a step: it changes with a parameter that decides the result,
+    with a byte of a file that is read, or with an earlier step."""
     decided = _with_contents(deciding(STEPS[name].stage, parameters))
     facts = {"step": name, "parameters": decided, "upstream": upstream}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -361,7 +372,8 @@ def identity(marker: dict) -> str:
 
 # %% ../nbs/15_launch.ipynb #upstream
 def upstream(run: Path, step: Step) -> dict[str, str]:
-    """The identities of the steps that this one needs. Raises UserError when one is not finished."""
+    """The identities of the steps that this one needs.
+    Raises UserError when one is not finished."""
     markers = {name: read_marker(run, STEPS[name]) for name in step.needs}
     for name, marker in markers.items():
         if marker.get("state") != "finished":
@@ -371,7 +383,8 @@ def upstream(run: Path, step: Step) -> dict[str, str]:
 
 
 def status(run: Path, step: Step, key: str) -> str:
-    """"finished", "resume" (the same work was begun) or "new"; after a comma, why it is not finished."""
+    """"finished", "resume" (the same work was begun) or "new";
+    after a comma, why it is not finished."""
     marker = read_marker(run, step)
     if marker.get("key") != key:
         return "new, its parameters or inputs changed" if marker else "new"
@@ -382,9 +395,11 @@ def status(run: Path, step: Step, key: str) -> str:
 
 # %% ../nbs/15_launch.ipynb #set-aside
 def set_aside(run: Path, step: Step) -> str:
-    """Move what an attempt with another key left into `earlier/`; returns where it is, or an empty string."""
+    """Move what an attempt with another key left into `earlier/`;
+    returns where it is, or an empty string."""
     if step.stage == "eval":
-        old = [p for p in (run / "eval").glob(f"{step.checkpoint}*") if p.stem.split("-")[0] == step.checkpoint]
+        old = [p for p in (run / "eval").glob(f"{step.checkpoint}*")
+               if p.stem.split("-")[0] == step.checkpoint]
     elif step.stage == "report":
         old = [p for p in run.glob("report.*")]
     else:
@@ -402,11 +417,13 @@ def set_aside(run: Path, step: Step) -> str:
 
 # %% ../nbs/15_launch.ipynb #begin
 def begin(run: Path, step: Step, key: str) -> None:
-    """Write down that work on `key` has begun; set aside what belongs to another key, and say so."""
+    """Write down that work on `key` has begun; set aside what belongs to another key,
+    and say so."""
     from nanochat_nb.report import git_sha
     if read_marker(run, step).get("key") != key:
         if where := set_aside(run, step):
-            print(f"{step.name}: what was there was made with other parameters or inputs; it is now in {where}", flush=True)
+            print(f"{step.name}: what was there was made with other parameters or inputs; "
+                  f"it is now in {where}", flush=True)
     write_json(marker_path(run, step),
                {"step": step.name, "key": key, "state": "started", "git": git_sha()})
 
@@ -440,21 +457,24 @@ def read_notebook(path: str | Path) -> dict:
 
 # %% ../nbs/15_launch.ipynb #prune
 def prune(notebook: dict, name: str = "the notebook") -> dict:
-    """`notebook` with its prose and only the code that trains. Raises UserError unless it has exactly one cell tagged
-    `parameters` and at least one tagged `run`."""
+    """`notebook` with its prose and only the code that trains. Raises UserError unless
+    it has exactly one cell tagged `parameters` and at least one tagged `run`."""
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     counts = {tag: sum(tag in tags(c) for c in code) for tag in ("parameters", "run")}
     if counts["parameters"] != 1 or counts["run"] < 1:
-        raise UserError(f"{name} cannot run headless: it has {counts['parameters']} cells tagged `parameters` (one is "
-                        f"needed) and {counts['run']} tagged `run` (at least one is)")
+        raise UserError(f"{name} cannot run headless: it has {counts['parameters']} cells "
+                        f"tagged `parameters` (one is needed) and {counts['run']} tagged `run` "
+                        "(at least one is)")
     kept = [c for c in notebook["cells"]
             if c["cell_type"] == "markdown" or {"parameters", "run"} & set(tags(c))]
-    fresh = [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {}) for c in kept]
+    fresh = [c | ({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
+             for c in kept]
     return notebook | {"cells": fresh}
 
 # %% ../nbs/15_launch.ipynb #same-imports
 def _same_imports(code: str) -> str:
-    """`code` with the two ways to import from this library, absolute and relative, written alike."""
+    """`code` with the two ways to import from this library, absolute and relative,
+    written alike."""
     return re.sub(r"\bfrom (?:nanochat_nb)?\.(\w+) import\b", r"from .\1 import", code.strip())
 
 
@@ -505,7 +525,8 @@ def use_atomic_saves() -> None:
 
 # %% ../nbs/15_launch.ipynb #die-with-parent
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Ask the kernel to send this process the signal when its parent dies (Linux; elsewhere nothing happens)."""
+    """Ask the kernel to send this process the signal when its parent dies
+    (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))                        # 1 is PR_SET_PDEATHSIG
 
@@ -517,11 +538,13 @@ _KERNEL_DIES_TOO = ("--IPKernelApp.exec_lines=__import__('sys').platform == 'lin
 # %% ../nbs/15_launch.ipynb #kernel-options
 @contextlib.contextmanager
 def kernel_options() -> Iterator[dict]:
-    """Options for a kernel that talks through files and not through network ports, and dies with its parent."""
+    """Options for a kernel that talks through files and not through network ports,
+    and dies with its parent."""
     from traitlets.config import Config
     with tempfile.TemporaryDirectory(prefix="nb-") as folder:
         channel = {"transport": "ipc", "ip": f"{folder}/k"} if len(folder) < 80 else {}
-        yield {"config": Config({"KernelManager": channel}), "extra_arguments": [_KERNEL_DIES_TOO, "--log-level=50"]}
+        yield {"config": Config({"KernelManager": channel}),
+               "extra_arguments": [_KERNEL_DIES_TOO, "--log-level=50"]}
 
 # %% ../nbs/15_launch.ipynb #tee
 class Tee:
@@ -551,9 +574,10 @@ def keep_earlier(path: Path) -> None:
 
 # %% ../nbs/15_launch.ipynb #run-notebook
 def run_notebook(notebook: Path, output: Path, parameters: dict, log=None) -> None:
-    """Run a stage notebook headless in a kernel of its own; `output` is its log, saved whole after each cell and
-    every few seconds. `log`: where to copy what the cells print. Raises UserError with the message of the error that a
-    cell raised; the traceback is in `output`."""
+    """Run a stage notebook headless in a kernel of its own; `output` is its log,
+    saved whole after each cell and every few seconds. `log`: where to copy what the cells print.
+    Raises UserError with the message of the error that a cell raised; the traceback is
+    in `output`."""
     sys.modules.setdefault("rfc3987_syntax",
                            None)  # a second of imports that validates nothing here
     import nbformat
@@ -601,7 +625,8 @@ _ERROR = re.compile(r"^error: (.*)\n", re.M)                  # what `command_li
 
 
 def without_errors(blocks: Iterable[bytes], told: list[str]) -> Iterator[str]:
-    """The text of `blocks` without its lines `error: MESSAGE`; the messages are appended to `told`."""
+    """The text of `blocks` without its lines `error: MESSAGE`;
+    the messages are appended to `told`."""
     decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for block in blocks:
         text = held + decoder.decode(block)
@@ -614,8 +639,10 @@ def without_errors(blocks: Iterable[bytes], told: list[str]) -> Iterator[str]:
 
 # %% ../nbs/15_launch.ipynb #run-processes
 def run_processes(name: str, run: Path, preset: Path, processes: int, log) -> None:
-    """Run one step on several processes of this machine under torchrun, copying what rank 0 prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+    """Run one step on several processes of this machine under torchrun,
+    copying what rank 0 prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}",
                "-m", "--", "nanochat_nb.launch", name, "--run", str(run), "--preset", str(preset)]
     torchrun_says = run / "notebooks" / f"{name}.torchrun.log"
     torchrun_says.parent.mkdir(parents=True, exist_ok=True)
@@ -665,7 +692,8 @@ def run_path(name: str) -> Path:
 # %% ../nbs/15_launch.ipynb #launch
 def launch(overrides: dict[str, dict], run: Path, *, title: str = "", processes: int = 1,
            until: str = "report") -> None:
-    """Run every step of the plan that is not finished, in order; the log of it all is `log.txt` in the run's folder."""
+    """Run every step of the plan that is not finished, in order;
+    the log of it all is `log.txt` in the run's folder."""
     import yaml
     with only_one(run), open(run / "log.txt", "a", encoding="utf-8") as file:
         preset = run / "preset.yaml"
@@ -707,7 +735,8 @@ def show_report(run: Path) -> None:
 def _kernel(notebook, folder: Path, timeout: int = 600):
     """An nbclient with a running kernel in `folder`."""
     from nbclient import NotebookClient
-    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}
+    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "NANOCHAT_NB_DTYPE": "float32",
+              "CUDA_VISIBLE_DEVICES": ""}
     env = {k: v
            for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | steady
     with kernel_options() as options:
@@ -723,7 +752,8 @@ _PASSING = re.compile(r"\d+%\||it/s\b|s/it\b|\dit \[|Matplotlib is building the 
 
 
 def _settle(cell) -> None:
-    """Remove from an executed cell what differs from run to run: counts, times, progress bars, a new machine's first words."""
+    """Remove from an executed cell what differs from run to run:
+    counts, times, progress bars, a new machine's first words."""
     cell.execution_count = None
     cell.metadata.pop("execution", None)
     kept = []
@@ -739,8 +769,9 @@ def _settle(cell) -> None:
 
 # %% ../nbs/15_launch.ipynb #execute-lessons
 def execute_lessons(path: str | Path, *, save: bool = True):
-    """Run every code cell of a notebook but those tagged `exercise`, and return it with settled outputs; `save` writes
-    them into the file. Raises nbclient's CellExecutionError, which holds the traceback."""
+    """Run every code cell of a notebook but those tagged `exercise`, and return it with settled
+    outputs; `save` writes them into the file.
+    Raises nbclient's CellExecutionError, which holds the traceback."""
     import nbformat
     path = Path(path).resolve()
     notebook = nbformat.read(path, 4)
@@ -759,8 +790,9 @@ CHECK = "# --- check ---"
 
 
 def check_exercises(path: str | Path) -> list[str]:
-    """Run a notebook's lessons and, where they stand, its exercises: each as it is (it must fail) and with its solution
-    in the stub's place (it must pass). Returns what is wrong, one line each."""
+    """Run a notebook's lessons and, where they stand, its exercises:
+    each as it is (it must fail) and with its solution in the stub's place (it must pass).
+    Returns what is wrong, one line each."""
     import nbformat
     from nbclient.exceptions import CellExecutionError
     path = Path(path).resolve()
@@ -786,7 +818,8 @@ def check_exercises(path: str | Path) -> list[str]:
                 stub = error_of(cell.source, index)
                 if not stub or stub.startswith(
                     ("SyntaxError", "IndentationError", "NameError", "ImportError")):
-                    wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: {stub or 'it passes'}")
+                    wrong.append(f"{path.stem} #{cell.id}: the stub should fail its check, but: "
+                                 f"{stub or 'it passes'}")
             elif "solution" in tags(cell) and exercise is not None:
                 solved = error_of(cell.source + "\n" + exercise.source.split(CHECK, 1)[-1], index)
                 if solved:
@@ -798,9 +831,11 @@ def check_exercises(path: str | Path) -> list[str]:
 
 # %% ../nbs/15_launch.ipynb #refresh
 def refresh(numbers: Sequence[str] = ()) -> None:
-    """Run the lessons of the notebooks with these numbers (all without any) and store their outputs."""
+    """Run the lessons of the notebooks with these numbers (all without any)
+    and store their outputs."""
     from nbclient.exceptions import CellExecutionError
-    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if not numbers or p.stem[:2] in numbers]
+    paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+             if not numbers or p.stem[:2] in numbers]
     if not paths:
         raise UserError(f"no notebook has the number {', '.join(numbers)}")
     for path in paths:
@@ -841,7 +876,8 @@ def arguments() -> argparse.ArgumentParser:
 
 # %% ../nbs/15_launch.ipynb #existing
 def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
-    """`items` with paths made absolute. Raises UserError for one that looks like a path and is not there."""
+    """`items` with paths made absolute.
+    Raises UserError for one that looks like a path and is not there."""
     found = []
     for item in items or ():
         if not item.strip():
@@ -855,10 +891,12 @@ def _existing(items: Sequence[str] | None, option: str) -> list[str] | None:
 
 # %% ../nbs/15_launch.ipynb #where-to-compute
 def where_to_compute(overrides: dict[str, dict]) -> str:
-    """Pretraining's device, and on a CPU its number format, in words. Raises UserError for one that is absent."""
+    """Pretraining's device, and on a CPU its number format, in words.
+    Raises UserError for one that is absent."""
     base = stage_parameters(STEPS["base"], overrides)
     device = detect_device(base["device"] or None)
-    dtype = base["dtype"] or str(compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
+    dtype = base["dtype"] or str(
+        compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
     return f"{device}" + (f" in {dtype}" if dtype else "")
 
 # %% ../nbs/15_launch.ipynb #main
@@ -888,7 +926,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_names(overrides)
     check_sizes(overrides, processes)
     check_files(overrides)
-    print(f"Run {run.name}: preset {Path(args.what).stem}, {processes} process{'es' * (processes > 1)}, "
+    print(f"Run {run.name}: preset {Path(args.what).stem}, "
+          f"{processes} process{'es' * (processes > 1)}, "
           f"{where_to_compute(overrides)}", flush=True)
     launch(overrides, run, title=Path(args.what).stem, processes=processes, until=args.until)
     if args.until == "report":
@@ -896,7 +935,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # %% ../nbs/15_launch.ipynb #command-line
 def command_line() -> int:
-    """`main` with its errors turned into an exit status: 1 and one line for what the user can mend, 130 for Ctrl-C."""
+    """`main` with its errors turned into an exit status:
+    1 and one line for what the user can mend, 130 for Ctrl-C."""
     try:
         main()
         return 0

@@ -40,7 +40,8 @@ class Buckets:
         self.total += n
 
     def take(self, limit: int):
-        """Remove and return `(length, piece)` of a longest piece not longer than `limit`, or None."""
+        """Remove and return `(length, piece)` of a longest piece not longer than `limit`,
+        or None."""
         n = (self.filled & ((2 << limit) - 1)).bit_length() - 1
         if n < 1:
             return None
@@ -217,7 +218,8 @@ class _Writer:
         self.pending, self.size, self.read, self.bytes = [], 0, index["read"], index["bytes"]
 
     def add(self, rows: list[list[int]], *, read: int, nbytes: int) -> None:
-        """Take encoded documents; `read` and `nbytes` count what was read from the source for them."""
+        """Take encoded documents; `read` and `nbytes` count what was read
+        from the source for them."""
         self.pending.extend(rows)
         self.size += sum(map(len, rows))
         self.read, self.bytes = self.read + read, self.bytes + nbytes
@@ -237,10 +239,12 @@ class _Writer:
 # %% ../nbs/03_loader.ipynb #write-shards
 def write_shards(documents: Iterable, tokenizer: Tokenizer, folder: str | Path, *, source: str = "",
                  shard_tokens: int = 2 ** 24, batch: int = 1024, show: bool = True) -> Shards:
-    """Tokenize `documents` (strings, or objects with `.text`) into shards of about `shard_tokens` tokens.
+    """Tokenize `documents` (strings, or objects with `.text`) into shards
+    of about `shard_tokens` tokens.
 
-    `source` is the fingerprint of the documents: shards of the same source and tokenizer are used again, a
-    half-written set is continued. `""` always writes. Raises UserError when there is no text.
+    `source` is the fingerprint of the documents: shards of the same source
+    and tokenizer are used again, a half-written set is continued. `""` always writes.
+    Raises UserError when there is no text.
     """
     folder = Path(folder)
     key = {"source": source, "tokenizer": tokenizer.fingerprint(), "shard_tokens": shard_tokens}
@@ -309,7 +313,8 @@ def _marks_key(shards: Shards) -> list:
 
 
 def _read_marks(path: Path, shards: Shards) -> list[list]:
-    """Known starts of windows: `[epoch, window, rows before it, pieces carried into it]`, in order."""
+    """Known starts of windows: `[epoch, window, rows before it, pieces carried into it]`,
+    in order."""
     try:
         saved = json.loads(path.read_text("utf-8"))
         marks = saved["marks"] if saved["key"] == _marks_key(shards) else []
@@ -327,7 +332,8 @@ def _write_marks(path: Path, shards: Shards, marks: list[list]) -> None:
 # %% ../nbs/03_loader.ipynb #plans
 def plans(shards: Shards, *, sequence_len: int, seed: int, start_row: int = 0,
           remember: bool = False) -> Iterator[tuple[int, Plan]]:
-    """`(number of its first row, plan)` of every window from the one with `start_row` on, without end.
+    """`(number of its first row, plan)` of every window from the one with `start_row` on,
+    without end.
 
     `remember` keeps the starts of windows in a file, so that the next start there is immediate.
     """
@@ -378,16 +384,18 @@ def pretraining_batches(
     shards: Shards, *, rows: int, sequence_len: int, seed: int = 0, rank: int = 0,
     world_size: int = 1, start_step: int = 0, device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(idx, targets)` from step `start_step` on, without end: int64 (rows / world_size, sequence_len).
+    """`(idx, targets)` from step `start_step` on, without end:
+    int64 (rows / world_size, sequence_len).
 
-    `rows` counts over all ranks; every row begins with `<|bos|>`. A step's rows depend on shards, seed, `rows`
-    and `sequence_len` alone. Raises UserError when rows do not divide over ranks or the corpus is too small.
+    `rows` counts over all ranks; every row begins with `<|bos|>`. A step's rows depend on shards,
+    seed, `rows` and `sequence_len` alone. Raises UserError when rows do not divide over ranks
+    or the corpus is too small.
     """
     mine = check_split(rows, world_size)
     if shards.num_tokens < rows * (sequence_len + 1):
-        raise UserError(f"the corpus is too small for one batch: it has {shards.num_tokens:,} tokens, {rows} rows "
-                        f"of {sequence_len + 1} need {rows * (sequence_len + 1):,}; give more text or make the "
-                        "batch smaller")
+        raise UserError("the corpus is too small for one batch: it has "
+                        f"{shards.num_tokens:,} tokens, {rows} rows of {sequence_len + 1} need "
+                        f"{rows * (sequence_len + 1):,}; give more text or make the batch smaller")
     source = _rows_from(shards, start_step * rows, sequence_len=sequence_len, seed=seed,
                         remember=rank == 0)
     while True:
@@ -416,7 +424,8 @@ def ahead(batches: Iterator) -> Iterator:
 
 # %% ../nbs/03_loader.ipynb #exchanges
 def _exchanges(ids: Sequence[int], user_start: int) -> list[tuple[int, int]]:
-    """Where each exchange (a user's turn and its answer) begins and ends; the first bos is left out."""
+    """Where each exchange (a user's turn and its answer) begins and ends;
+    the first bos is left out."""
     begins = [i for i, token in enumerate(ids) if token == user_start] or [1]
     return list(zip(begins, [*begins[1:], len(ids)]))
 
@@ -441,7 +450,8 @@ def cut_conversation(ids: Sequence[int], mask: Sequence[int], room: int,
 
 # %% ../nbs/03_loader.ipynb #shorten
 def _shorten(words: list[int], learn: list[int], room: int) -> tuple[list[int], list[int]]:
-    """At most `room` tokens of one exchange, up to a quarter of them from before the first learned token."""
+    """At most `room` tokens of one exchange, up to a quarter of them from before
+    the first learned token."""
     first = learn.index(1) if 1 in learn else len(words)
     before = max(room - (len(words) - first), min(first, room // 4))
     begin = max(0, first - before)
@@ -461,7 +471,8 @@ class PackedRows:
         return len(self.plan)
 
     def rows(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(idx, targets)`, int64 (len(numbers), sequence_len); targets are -1 where nothing is learned."""
+        """`(idx, targets)`, int64 (len(numbers), sequence_len);
+        targets are -1 where nothing is learned."""
         ids = np.full((len(numbers), self.sequence_len + 1), self.pad, dtype=np.int64)
         learn = np.zeros(ids.shape, dtype=bool)
         for r, n in enumerate(numbers):
@@ -486,14 +497,16 @@ def _pack_whole(lengths: Sequence[int], room: int) -> list[list[int]]:
         plan.append(row)
     return plan
 
-
+# %% ../nbs/03_loader.ipynb #pack-conversations
 def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int]]], *,
                        sequence_len: int, tokenizer: Tokenizer) -> PackedRows:
     """Pack rendered conversations `(ids, mask)` whole into rows, longest first, best fit.
 
-    One too long for a row is cut before a user's turn. Every row begins with `<|bos|>` and has a target.
-    `stats`: conversations, cut (into several parts), shortened (with an exchange longer than a row), empty
-    (nothing to learn), rows, tokens, targets, padding. Raises UserError when nothing is left to learn.
+    One too long for a row is cut before a user's turn.
+    Every row begins with `<|bos|>` and has a target.
+    `stats`: conversations, cut (into several parts), shortened (with an exchange longer than
+    a row), empty (nothing to learn), rows, tokens, targets, padding.
+    Raises UserError when nothing is left to learn.
     """
     room, user_start = sequence_len + 1, tokenizer.special("<|user_start|>")
     stats = dict.fromkeys(
@@ -521,7 +534,8 @@ def packed_batches(
     packed: PackedRows, *, rows: int, seed: int = 0, rank: int = 0, world_size: int = 1,
     start_step: int = 0, device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(idx, targets)` from step `start_step` on, without end; rows are shuffled anew each epoch."""
+    """`(idx, targets)` from step `start_step` on, without end;
+    rows are shuffled anew each epoch."""
     mine, first, epoch, order = check_split(rows, world_size), start_step * rows, -1, None
     while True:
         numbers = []

@@ -29,14 +29,15 @@ __all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP'
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that determines what a `GPT` computes. Its `asdict` is JSON, and makes it again."""
+    """Everything that determines what a `GPT` computes.
+    Its `asdict` is JSON, and makes it again."""
     sequence_len: int = 2048         # tokens per training row; RoPE reaches 10 times as far
     vocab_size: int = 32768          # the tokenizer's; stored padded to a multiple of 64
     n_layer: int = 12
     n_head: int = 6                  # query heads
     n_kv_head: int = 6               # key/value heads; fewer than n_head is GQA
     n_embd: int = 768
-    window_pattern: str = "SSSL"     # tiled over the layers: S short window, L sequence_len, F no limit
+    window_pattern: str = "SSSL"     # tiled over the layers: S short, L sequence_len, F no limit
     rope_base: float = 100_000.0
     rope_dtype: str | None = None    # number format of the RoPE table; None: the compute dtype
     qk_scale: float = 1.2            # multiplies both q and k after their norm
@@ -59,7 +60,8 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and output matrices: the vocabulary rounded up to a multiple of 64."""
+        """Rows of the embedding and output matrices:
+        the vocabulary rounded up to a multiple of 64."""
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -103,11 +105,13 @@ def _check_config(c: GPTConfig) -> None:
         if outside:
             raise UserError(f"{name} names layer {outside[0]}; there are only {c.n_layer} layers")
     if c.look_back_layers and c.head_dim % 4:
-        raise UserError(f"look_back_layers need heads of a multiple of 4 channels, not {c.head_dim}")
+        raise UserError("look_back_layers need heads of a multiple of 4 channels, "
+                        f"not {c.head_dim}")
 
 # %% ../nbs/04_model.ipynb #layer-windows
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
-    """The window of each layer: `c.window_pattern` tiled over the layers; the last is never short."""
+    """The window of each layer: `c.window_pattern` tiled over the layers;
+    the last is never short."""
     width = {"S": -(-c.sequence_len // 512) * 128, "L": c.sequence_len, "F": None}
     letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
     letters[-1] = "L" if letters[-1] == "S" else letters[-1]
@@ -179,7 +183,8 @@ FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2      # 3 bits of fraction; 2
 
 
 def to_fp8(x: Tensor, form: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x in 8 bits, its unit): x is about their product. The largest element is the form's largest."""
+    """(x in 8 bits, its unit): x is about their product.
+    The largest element is the form's largest."""
     top = torch.finfo(form).max
     unit = x.abs().amax().float().clamp(min=1e-12) / top
     return (x.float() / unit).clamp(-top, top).to(form), unit
@@ -266,7 +271,8 @@ def turn_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #visible
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Which keys a query may see. query (…, T) and key (S) are positions; returns bool (…, T, S)."""
+    """Which keys a query may see. query (…, T) and key (S) are positions;
+    returns bool (…, T, S)."""
     distance = query[..., :, None] - key
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
@@ -284,7 +290,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 # %% ../nbs/04_model.ipynb #attend-near
 def near_blocks(length: int, window: int, device: torch.device):
-    """The 128 × 128 blocks of a (length, length) table in which a query sees a key, for FlexAttention."""
+    """The 128 × 128 blocks of a (length, length) table in which a query sees a key,
+    for FlexAttention."""
     def near(row, head, query, key):
         return (query >= key) & (query - key <= window)
 
@@ -639,7 +646,8 @@ def _squash(z: Tensor) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #all-chunks
 def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
-    """`_chunk_loss` in slices of rows that keep the logits small; gradients add up in wide floats."""
+    """`_chunk_loss` in slices of rows that keep the logits small;
+    gradients add up in wide floats."""
     narrow = weight.to(x.dtype)
     chunk, logits = (_chunk_loss, 2 ** 22) if x.is_cpu else (_chunk_loss_fused, 2 ** 28)
     rows = max(1, logits // weight.size(0))
@@ -796,7 +804,8 @@ def flops_per_token(model: GPT) -> int:
 
 # %% ../nbs/04_model.ipynb #store-in-compute-dtype
 def store_in_compute_dtype(model: GPT) -> GPT:
-    """Store matrices as they are multiplied: half the memory in bf16, the same logits bit for bit."""
+    """Store matrices as they are multiplied: half the memory in bf16,
+    the same logits bit for bit."""
     for p in model.parameters():
         if p.ndim > 1:
             p.data = p.data.to(model.dtype)
@@ -806,8 +815,9 @@ def store_in_compute_dtype(model: GPT) -> GPT:
 class KVCache:
     """The keys and values of every layer for `batch` rows, each at a position of its own.
 
-    `positions` (batch,) counts the tokens cached per row. Set `lengths` (batch,) before a call whose
-    ids are padded on the right; None means that all are valid. Slot `max_len` is a bin for padding.
+    `positions` (batch,) counts the tokens cached per row. Set `lengths` (batch,) before
+    a call whose ids are padded on the right; None means that all are valid.
+    Slot `max_len` is a bin for padding.
     """
 
     def __init__(self, config: GPTConfig, batch: int, max_len: int,

@@ -21,7 +21,8 @@ __all__ = ['POLAR_EXPRESS', 'KINDS', 'adamw_update', 'polar_express', 'equilibra
 # %% ../nbs/05_optimizer.ipynb #adamw-update
 def adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, step: int, lr: float,
                  betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """One AdamW step in place (arXiv 1711.05101). All tensors have p's shape; step counts from 1."""
+    """One AdamW step in place (arXiv 1711.05101). All tensors have p's shape;
+    step counts from 1."""
     p.mul_(1 - lr * weight_decay)
     mean.lerp_(grad, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
@@ -138,7 +139,8 @@ def fused_adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
 
 # %% ../nbs/05_optimizer.ipynb #adamwstack
 class AdamWStack:
-    """One parameter, cut into elements: this rank's part of its AdamW state, and how to update it."""
+    """One parameter, cut into elements: this rank's part of its AdamW state,
+    and how to update it."""
 
     def __init__(self, group: dict, params: list[Tensor], names: list[str], rank: int,
                  world_size: int):
@@ -198,10 +200,11 @@ class MuonStack(AdamWStack):
 class MuonAdamW:
     """AdamW and Muon groups, stepped together; gradients averaged over ranks, states divided.
 
-    Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names, and its
-    numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, ns_steps, weight_decay for
-    Muon, whose params are matrices of one shape. Change them between steps as you like. A parameter
-    without gradient counts as having gradient zero. Raises UserError for groups that are neither.
+    Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names,
+    and its numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, ns_steps,
+    weight_decay for Muon, whose params are matrices of one shape. Change them between steps
+    as you like. A parameter without gradient counts as having gradient zero.
+    Raises UserError for groups that are neither.
     """
 
     def __init__(self, param_groups: list[dict], rt: Runtime | None = None, *,
@@ -223,7 +226,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average gradients, update this rank's part, collect the others'. Every rank must call it."""
+        """Average gradients, update this rank's part, collect the others'.
+        Every rank must call it."""
         self.steps += 1
         waiting = [(s, s.shard.reduce(s.rows([grad_of(p) for p in s.params]))) for s in self.stacks]
         arriving = []
@@ -239,7 +243,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        """The whole state by parameter name, on the CPU of rank 0 ({} elsewhere). Every rank must call it."""
+        """The whole state by parameter name, on the CPU of rank 0 ({} elsewhere).
+        Every rank must call it."""
         state = {"step": torch.tensor(self.steps)}
         for stack in self.stacks:
             for key, part in stack.state.items():
@@ -250,7 +255,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's part of a `full_state` from any number of ranks; UserError if it does not fit."""
+        """Take this rank's part of a `full_state` from any number of ranks;
+        UserError if it does not fit."""
         check_state(self, state)
         self.steps = int(state["step"])
         for stack in self.stacks:
@@ -263,7 +269,8 @@ KINDS = {"adamw": AdamWStack, "muon": MuonStack}
 
 
 def make_stacks(group: dict, number: int, rank: int, world_size: int) -> list[AdamWStack]:
-    """The units in which a group is divided over ranks: each AdamW parameter alone, Muon's all together."""
+    """The units in which a group is divided over ranks:
+    each AdamW parameter alone, Muon's all together."""
     if group["kind"] not in KINDS:
         raise UserError(f"unknown optimizer kind {group['kind']!r}{nearest(group['kind'], KINDS)}")
     params = list(group["params"])
@@ -307,10 +314,10 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
                     weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
-    The learning rates of embeddings were tuned at 768 channels and scale by (channels / 768) ** -0.5.
-    `weight_decay` is Muon's. Every group keeps its first learning rate as group["initial_lr"], for
-    schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10, which turns the rounding
-    noise that a new model's scalars have for a gradient into whole steps.
+    The learning rates of embeddings were tuned at 768 channels and scale by
+    (channels / 768) ** -0.5. `weight_decay` is Muon's. Every group keeps its first learning rate
+    as group["initial_lr"], for schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10,
+    which turns the rounding noise that a new model's scalars have for a gradient into whole steps.
     """
     params = dict(model.named_parameters())
     scale = (model.config.n_embd / 768) ** -0.5

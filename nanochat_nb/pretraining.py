@@ -25,8 +25,8 @@ from .inference import Engine
 from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
 from .model import GPT, GPTConfig, train_in_fp8
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes, progress,
-                                 run_folder, start_runtime, write_json)
+from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes,
+                                 progress, run_folder, start_runtime, write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
@@ -47,17 +47,20 @@ HORIZON_EXPONENT = 0.32  # best learning rate ∝ tokens^-0.32 (Bjorck et al. 20
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """Parameters that the scaling rules count: transformer matrices and output layer. Allocates nothing."""
+    """Parameters that the scaling rules count: transformer matrices and output layer.
+    Allocates nothing."""
     with torch.device("meta"):
         counts = GPT(config).parameter_counts()
     return counts["matrices"] + counts["lm_head"]
 
 # %% ../nbs/11_pretraining.ipynb #best-batch
 def best_batch(*, reference_tokens: float, tokens: float = 0, steps: int = 0) -> float:
-    """Batch in tokens by the power law, for a horizon in `tokens`, or in `steps` when no tokens are given."""
+    """Batch in tokens by the power law, for a horizon in `tokens`,
+    or in `steps` when no tokens are given."""
     if tokens:
         return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
-    return (REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT) ** (1 / (1 - BATCH_EXPONENT))
+    per_step = REFERENCE_BATCH * (steps / reference_tokens) ** BATCH_EXPONENT
+    return per_step ** (1 / (1 - BATCH_EXPONENT))
 
 # %% ../nbs/11_pretraining.ipynb #best-lr-scale
 def best_lr_scale(*, batch: float, tokens: float, reference_tokens: float) -> float:
@@ -96,7 +99,7 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
         best_batch(reference_tokens=reference, steps=steps,
                    tokens=0 if steps else token_ratio * parameters), config.sequence_len)
     steps = steps or max(1, round(token_ratio * parameters / batch))
-    anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's learning rates were tuned for
+    anchor = REFERENCE_RATIO * reference / token_ratio       # what nanochat's rates were tuned for
     scale = best_lr_scale(batch=batch, tokens=steps * batch, reference_tokens=anchor)
     decay = 0.28 * math.sqrt(batch / REFERENCE_BATCH) * reference / max(
         steps * batch, token_ratio * parameters)
@@ -119,7 +122,8 @@ def _round_batch(tokens: float, sequence_len: int) -> int:
 
 def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale):
     if token_ratio <= 0:
-        raise UserError(f"token_ratio must be positive, not {token_ratio}: it is the tokens read per parameter (12 is a good one)")
+        raise UserError(f"token_ratio must be positive, not {token_ratio}: "
+                        "it is the tokens read per parameter (12 is a good one)")
     if lr_scale <= 0:
         raise UserError(f"lr_scale must be positive, not {lr_scale}")
     for name, value in (("steps", steps), ("total_batch_tokens", total_batch_tokens),
@@ -131,7 +135,8 @@ def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr
 # %% ../nbs/11_pretraining.ipynb #lr-multiplier
 def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0.65,
                   final: float = 0.05) -> float:
-    """Linear warmup over `warmup` steps, constant, linear warmdown over the last share `warmdown` to `final`."""
+    """Linear warmup over `warmup` steps, constant,
+    linear warmdown over the last share `warmdown` to `final`."""
     if step < warmup:
         return (step + 1) / warmup
     falling = round(warmdown * steps)
@@ -142,7 +147,8 @@ def lr_multiplier(step: int, steps: int, *, warmup: int = 0, warmdown: float = 0
 
 
 def muon_momentum(step: int, steps: int, *, warmup: int = 400, warmdown: float = 0.65) -> float:
-    """0.85 → 0.97 over the first steps (`warmup`, or until the warmdown begins), then → 0.90 in the warmdown."""
+    """0.85 → 0.97 over the first steps (`warmup`, or until the warmdown begins),
+    then → 0.90 in the warmdown."""
     start = steps - round(warmdown * steps)
     if step < min(warmup, start):
         return 0.85 + 0.12 * step / min(warmup, start)
@@ -172,7 +178,8 @@ def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime,
 
 # %% ../nbs/11_pretraining.ipynb #trainingloop
 class TrainingLoop:
-    """Resume, metrics, checkpoints and summary of a training stage; `training_steps` gives its steps.
+    """Resume, metrics, checkpoints and summary of a training stage;
+    `training_steps` gives its steps.
 
     `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
     moved to `STAGE.old`. `meta` goes into every checkpoint.
@@ -199,7 +206,8 @@ class TrainingLoop:
 
     def _resume(self) -> None:
         path = self.folder / self.stage
-        found = load_checkpoint(path) if self.rt.broadcast(str(latest_checkpoint(path) or "")) else None
+        there = self.rt.broadcast(str(latest_checkpoint(path) or ""))
+        found = load_checkpoint(path) if there else None
         if found and found.meta["recipe"] != self.recipe:
             found = None
             self._set_aside(path)
@@ -227,7 +235,7 @@ class TrainingLoop:
                       f"{old.name}, starting afresh")
         self.rt.barrier()
 
-
+# %% ../nbs/11_pretraining.ipynb #say-line
 def say(loop: TrainingLoop, line: str) -> None:
     """Print a line on rank 0, above the progress bar."""
     if loop.rt.is_main:
@@ -310,7 +318,8 @@ SHARD_TOKENS = 45_000_000      # a shard of a downloaded corpus gives at least s
 
 
 def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: int = 256) -> int:
-    """How many documents of the embedded world give `tokens` tokens (and 5% more), judged by `sample` of them."""
+    """How many documents of the embedded world give `tokens` tokens (and 5% more),
+    judged by `sample` of them."""
     texts = [d.text for d in open_text(["world"], documents=sample, seed=seed).documents("train")]
     mean = sum(map(len, tokenizer.encode_batch(texts))) / len(texts) + 1
     return math.ceil(1.05 * tokens / mean)
@@ -365,25 +374,29 @@ def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int,
     if micro_batch_rows < 1:
         raise UserError(f"micro_batch_rows must be at least 1, not {micro_batch_rows}")
     if rows % world_size:
-        raise UserError(f"a batch of {rows} rows ({batch_tokens} tokens / {sequence_len}) does not divide over {world_size} "
-                        f"ranks; set total_batch_tokens to a multiple of {sequence_len * world_size}")
+        raise UserError(f"a batch of {rows} rows ({batch_tokens} tokens / {sequence_len}) does not "
+                        f"divide over {world_size} ranks; "
+                        f"set total_batch_tokens to a multiple of {sequence_len * world_size}")
 
 
 def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> None:
-    """Raise UserError when the corpus does not fill one batch; say so when it will be read several times."""
+    """Raise UserError when the corpus does not fill one batch;
+    say so when it will be read several times."""
     needed = plan.batch_tokens + plan.batch_tokens // sequence_len
     if train.num_tokens < needed:
         raise UserError(
             f"the corpus is too small: {train.num_tokens} tokens, and one batch needs {needed}; "
             "give more text or lower total_batch_tokens")
     if plan.tokens > train.num_tokens and rt.is_main:
-        print(f"base: the corpus has {train.num_tokens:,} tokens, fewer than the {plan.tokens:,} of the run: "
+        print(f"base: the corpus has {train.num_tokens:,} tokens, "
+              f"fewer than the {plan.tokens:,} of the run: "
               f"it will be read {plan.tokens / train.num_tokens:.1f} times", flush=True)
 
 # %% ../nbs/11_pretraining.ipynb #base-batches
 def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt: Runtime,
                  start_step: int = 0):
-    """(idx, targets) of this rank for each step from `start_step` on; see `loader.pretraining_batches`."""
+    """(idx, targets) of this rank for each step from `start_step` on;
+    see `loader.pretraining_batches`."""
     batches = pretraining_batches(shards, rows=rows, sequence_len=sequence_len, seed=seed,
                                   rank=rt.rank, world_size=rt.world_size, start_step=start_step,
                                   device=rt.device)
@@ -392,12 +405,14 @@ def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt:
 
 def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
                     world_size: int) -> tuple[int, int]:
-    """(rows per batch, batches): as asked, or fewer when the validation text is short, so that none is read twice."""
+    """(rows per batch, batches): as asked, or fewer when the validation text is short,
+    so that none is read twice."""
     there = val.num_tokens // (sequence_len + 1)
     rows = min(rows, there) // world_size * world_size
     if not rows:
-        raise UserError(f"the validation text is too small: {val.num_tokens} tokens, fewer than {world_size} rows of "
-                        f"{sequence_len + 1}; give more text or a smaller sequence_len")
+        raise UserError(f"the validation text is too small: {val.num_tokens} tokens, "
+                        f"fewer than {world_size} rows of {sequence_len + 1}; "
+                        "give more text or a smaller sequence_len")
     return rows, max(1, min(batches, there // rows))
 
 
@@ -448,7 +463,8 @@ def build_model(config: GPTConfig, rt: Runtime, *, seed: int) -> GPT:
 
 
 def compiled(model: GPT, rt: Runtime, compile: bool):
-    """The model compiled on a GPU; a CPU would wait minutes for the compiler and runs it as it is."""
+    """The model compiled on a GPU; a CPU would wait minutes for the compiler
+    and runs it as it is."""
     return torch.compile(model, dynamic=False) if compile and rt.device.type == "cuda" else model
 
 # %% ../nbs/11_pretraining.ipynb #recipe
@@ -490,7 +506,8 @@ def peak_flops(device: torch.device) -> float | None:
 # %% ../nbs/11_pretraining.ipynb #pretrain
 def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: Shards, val: Shards,
              p: dict) -> dict:
-    """The steps that are left of a pretraining run with parameters `p`, its validations and samples; its summary."""
+    """The steps that are left of a pretraining run with parameters `p`,
+    its validations and samples; its summary."""
     rt, T, rows = loop.rt, p["sequence_len"], plan.batch_tokens // p["sequence_len"]
     batches = base_batches(train, rows=rows, sequence_len=T, seed=p["seed"], rt=rt,
                            start_step=loop.step)
@@ -548,7 +565,8 @@ def base_metrics(loop: TrainingLoop) -> dict:
 
 
 def mfu(loop: TrainingLoop) -> float | None:
-    """Share of the devices' peak that went into the model's arithmetic, over the logged steps; None if unknown."""
+    """Share of the devices' peak that went into the model's arithmetic, over the logged steps;
+    None if unknown."""
     peak = peak_flops(loop.rt.device)
     spent = sum(r["seconds"] for r in loop.metrics.rows() if "loss" in r)
     return loop.flops / spent / (peak * loop.rt.world_size) if peak and spent else None
@@ -563,8 +581,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
              device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Pretrain a model of `depth` on `text` into `run`/base, or resume where it was interrupted.
 
-    The notebook's parameters cell explains the parameters. Returns the summary that base/summary.json holds.
-    Raises UserError for what cannot be trained.
+    The notebook's parameters cell explains the parameters. Returns the summary
+    that base/summary.json holds. Raises UserError for what cannot be trained.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
@@ -588,7 +606,8 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
         train_in_fp8(model)
     optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay,
                                 **learning_rates(plan.lr_scale))
-    made_by = {"tokenizer": tokenizer.fingerprint(), "tokens": [s["sha256"] for s in train.index["shards"]]}
+    made_by = {"tokenizer": tokenizer.fingerprint(),
+               "tokens": [s["sha256"] for s in train.index["shards"]]}
     loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
                         save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
                         meta=made_by | {"config": asdict(config), "plan": asdict(plan)})

@@ -54,15 +54,18 @@ def read_json(path: Path) -> dict:
 # %% ../nbs/14_report.ipynb #stage-entry
 def stage_entry(folder: Path, stage: str) -> dict:
     """A stage's numbers: those of its summary, and of the evaluation of its checkpoint."""
-    summary, evaluation = read_json(folder / stage / "summary.json"), read_json(folder / "eval" / f"{stage}.json")
+    summary = read_json(folder / stage / "summary.json")
+    evaluation = read_json(folder / "eval" / f"{stage}.json")
     metrics = {**summary.get("metrics", {}), **evaluation.get("metrics", {})}
-    entry = {"metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))}, "missing": not summary}
+    entry = {"metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))},
+             "missing": not summary}
     return entry | {k: summary.get(k) or 0
                     for k in COSTS} | {k: summary[k] for k in ("steps", "plan") if k in summary}
 
 # %% ../nbs/14_report.ipynb #collect
 def collect(folder: str | Path) -> dict:
-    """All of a run's results as one JSON-able dict: stages, tasks, samples, skipped, compression, environment, cost."""
+    """All of a run's results as one JSON-able dict: stages, tasks, samples, skipped,
+    compression, environment, cost."""
     folder = Path(folder)
     noted = notes(folder)
     evaluations = {stage: read_json(folder / "eval" / f"{stage}.json") for stage in STAGES[1:]}
@@ -118,7 +121,8 @@ def gpu_names(count: int) -> list[str]:
 
 
 def this_machine(processes: int | None = None) -> dict:
-    """Processor, memory, GPUs and versions, here; GPUs as many as `processes` used (None: all of them)."""
+    """Processor, memory, GPUs and versions, here;
+    GPUs as many as `processes` used (None: all of them)."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -127,11 +131,13 @@ def this_machine(processes: int | None = None) -> dict:
     there = torch.cuda.device_count()
     return {"cpu": cpu_model(), "cores": cores, "memory_bytes": memory,
             "gpus": gpu_names(processes or there) if there else [],
-            "python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
+            "python": platform.python_version(), "torch": torch.__version__,
+            "system": platform.system()}
 
 # %% ../nbs/14_report.ipynb #machines
 def notes(folder: Path) -> dict[str, dict]:
-    """What the launcher noted beside each finished step: its `machine` and `git`, the commit of the code."""
+    """What the launcher noted beside each finished step:
+    its `machine` and `git`, the commit of the code."""
     found = {path.stem: read_json(path) for path in sorted((folder / "markers").glob("*.json"))}
     return {step: note for step, note in found.items() if "machine" in note}
 
@@ -140,11 +146,13 @@ def environment(folder: Path, noted: dict[str, dict]) -> dict:
     """Where the run was trained, the commit, the preset, and the date of this report."""
     first = next((noted[step] for step in ("base", "sft", "rl") if step in noted), {})
     return first.get("machine", this_machine()) | {
-        "git": first.get("git") or git_sha(), "preset": preset_name(folder), "date": datetime.date.today().isoformat()}
+        "git": first.get("git") or git_sha(), "preset": preset_name(folder),
+        "date": datetime.date.today().isoformat()}
 
 # %% ../nbs/14_report.ipynb #preset-name
 def preset_name(folder: Path) -> str:
-    """The preset a run was launched with: the first comment of its preset.yaml, else the run's name; "" without one."""
+    """The preset a run was launched with: the first comment of its preset.yaml,
+    else the run's name; "" without one."""
     path = folder / "preset.yaml"
     if not path.exists():
         return ""
@@ -161,22 +169,27 @@ OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
 
 
 def cost(environment: dict, seconds: float) -> dict:
-    """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine, and the rates assumed."""
+    """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine,
+    and the rates assumed."""
     if environment["gpus"]:
         name = next((k for k in GPU_RATES if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
-        count, (watts, dollars), unit = len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU), name or "GPU"
+        count, (watts, dollars), unit = (len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU),
+                                         name or "GPU")
     else:
         count, (watts, dollars), unit = environment["cores"], CPU_CORE, "CPU core"
     hours = seconds / 3600
-    return {"seconds": seconds, "energy_kwh": hours * count * watts / 1000, "usd": hours * count * dollars,
+    return {"seconds": seconds, "energy_kwh": hours * count * watts / 1000,
+            "usd": hours * count * dollars,
             "assumed": f"{count} × {unit} at {watts} W and ${dollars:.2f} an hour"}
 
 # %% ../nbs/14_report.ipynb #total-cost
 def total_cost(seconds: dict[str, float], noted: dict[str, dict], here: dict) -> dict:
-    """`cost` of all steps, each at the rates of the machine that its note names; without a note, of `here`."""
+    """`cost` of all steps, each at the rates of the machine that its note names;
+    without a note, of `here`."""
     spent = [cost(noted.get(step, {}).get("machine", here), s) for step, s in seconds.items() if s]
     rates = dict.fromkeys(c["assumed"] for c in spent or [cost(here, 0)])
-    return {k: sum(c[k] for c in spent) for k in ("seconds", "energy_kwh", "usd")} | {"assumed": "; ".join(rates)}
+    sums = {k: sum(c[k] for c in spent) for k in ("seconds", "energy_kwh", "usd")}
+    return sums | {"assumed": "; ".join(rates)}
 
 # %% ../nbs/14_report.ipynb #sources
 SOURCES = {
@@ -184,7 +197,8 @@ SOURCES = {
 }
 GPT2_TASKS = ("hellaswag_zeroshot", "lambada_openai", "hellaswag", "piqa", "arc_easy",
               "arc_challenge")
-GPT2_SOURCE = "CORE of the OpenAI checkpoints as measured by nanochat (README; dev/estimate_gpt3_core.ipynb)"
+GPT2_SOURCE = ("CORE of the OpenAI checkpoints as measured by nanochat "
+               "(README; dev/estimate_gpt3_core.ipynb)")
 GPT2 = {name: {"core": core} | dict(zip(GPT2_TASKS, values)) for name, core, values in [
     ("GPT-2 124M", 0.1139, (0.309, 0.323, 0.308, 0.623, 0.412, 0.222)),
     ("GPT-2 355M", 0.1849, (0.390, 0.426, 0.395, 0.670, 0.480, 0.262)),
@@ -192,10 +206,12 @@ GPT2 = {name: {"core": core} | dict(zip(GPT2_TASKS, values)) for name, core, val
     ("GPT-2 1.6B", 0.256525, (0.502, 0.523, 0.512, 0.725, 0.595, 0.299))]}
 
 # %% ../nbs/14_report.ipynb #nanochat-source
-NANOCHAT_SOURCE = "nanochat's README: the leaderboard's run 6 (8×H100, 99 minutes) and the report card of October 2025 (d20, 4 hours)"
+NANOCHAT_SOURCE = ("nanochat's README: the leaderboard's run 6 (8×H100, 99 minutes) "
+                   "and the report card of October 2025 (d20, 4 hours)")
 NANOCHAT = {"nanochat d24, 2026": {"val_bpb": 0.71800, "core": 0.2626},
-            "nanochat d20, 2025": {"core": 0.2219, "arc-easy": 0.3876, "arc-challenge": 0.2807, "mmlu": 0.3151,
-                                   "gsm8k": 0.0455, "humaneval": 0.0854, "chatcore": 0.0884}}
+            "nanochat d20, 2025": {"core": 0.2219, "arc-easy": 0.3876, "arc-challenge": 0.2807,
+                                   "mmlu": 0.3151, "gsm8k": 0.0455, "humaneval": 0.0854,
+                                   "chatcore": 0.0884}}
 
 # %% ../nbs/14_report.ipynb #other-runs
 def other_runs(folder: Path) -> dict[str, dict]:
@@ -217,7 +233,8 @@ def headline(report: dict) -> dict[str, float]:
     text = "val_bpb" if "val_bpb" in base else "document_bpb"
     out = {k: base[k] for k in (text, "core", "core_partial") if k in base}
     if last:
-        out |= {k: stages[last]["metrics"][k] for k in ("chatcore", "chatcore_embedded") if k in stages[last]["metrics"]}
+        chat = stages[last]["metrics"]
+        out |= {k: chat[k] for k in ("chatcore", "chatcore_embedded") if k in chat}
         out |= {task: r["accuracy"] for task, r in report["tasks"][last].items()}
     return out | {"minutes": report.get("cost", {}).get("seconds", 0) / 60}
 
@@ -226,8 +243,9 @@ def number(value: float | None) -> str:
     """A number for reading: 3 significant digits, thousands as k, M, G, T …; "–" for none."""
     if value is None or not math.isfinite(value):
         return "–"
-    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= 0.9995 * size:              # what rounds to 1,000 of a unit is 1 of the next
+    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"),
+                       (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= 0.9995 * size:          # what rounds to 1,000 of a unit is 1 of the next
             return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
     return f"{value:.0f}" if value == int(value) or abs(value) >= 999.5 else f"{value:.3g}" if abs(
         value) >= 10 else f"{value:.3f}"
@@ -236,7 +254,9 @@ def number(value: float | None) -> str:
 def duration(seconds: float) -> str:
     """Seconds as 12 s, 3 min 20 s or 2 h 05 min."""
     s = round(seconds)
-    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
+    return (f"{s} s" if s < 60 else
+            f"{s // 60} min {s % 60:02} s" if s < 3600 else
+            f"{s // 3600} h {s % 3600 // 60:02} min")
 
 # %% ../nbs/14_report.ipynb #table
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -273,14 +293,16 @@ def task_names(report: dict, stages: Sequence[str] = ("sft", "rl")) -> list[str]
 
 # %% ../nbs/14_report.ipynb #task-rows
 def task_rows(report: dict) -> list[list[str]]:
-    """Per chat task: base (asked as text), sft and rl with standard errors, and the baselines, in percent."""
+    """Per chat task: base (asked as text), sft and rl with standard errors,
+    and the baselines, in percent."""
     rows = []
     for name in task_names(report):
         base = report["as_text"].get(name)
         cells = [base, *(report["tasks"].get(stage, {}).get(name) for stage in ("sft", "rl"))]
         scores = [f"{percent(c['accuracy'])} ± {percent(c['stderr'])}" if c else "–" for c in cells]
         one = next(c for c in cells[1:] if c)
-        rows.append([title(name), *scores, percent(one.get("constant")), percent(one.get("ngram")), str(one["n"])])
+        rows.append([title(name), *scores, percent(one.get("constant")),
+                     percent(one.get("ngram")), str(one["n"])])
     return rows
 
 # %% ../nbs/14_report.ipynb #baseline-note
@@ -289,18 +311,23 @@ def baseline_note(report: dict) -> str:
     tasks = [r for stage in ("sft", "rl") for r in report["tasks"].get(stage, {}).values()]
     read = max((r.get("ngram_tokens", 0) for r in tasks), default=0)
     ngram = f" The n-gram model has counted {number(read)} tokens." if read else ""
-    base = " The base model, which knows no chat, was asked as the text it has read writes conversations." if report["as_text"] else ""
-    return f"The constant is the best of the answers tried, given to every question alike.{ngram}{base}"
+    base = (" The base model, which knows no chat, was asked as the text it has read "
+            "writes conversations." if report["as_text"] else "")
+    return ("The constant is the best of the answers tried, "
+            f"given to every question alike.{ngram}{base}")
 
 # %% ../nbs/14_report.ipynb #topic-rows
 def topic_rows(report: dict) -> list[list[str]]:
-    """Per topic of the tasks that have up to eight of them: sft and rl in percent, and the number of questions."""
+    """Per topic of the tasks that have up to eight of them:
+    sft and rl in percent, and the number of questions."""
     rows = []
     for name in task_names(report):
-        found = [report["tasks"].get(stage, {}).get(name, {}).get("topics", {}) for stage in ("sft", "rl")]
+        found = [report["tasks"].get(stage, {}).get(name, {}).get("topics", {})
+                 for stage in ("sft", "rl")]
         topics = list(dict.fromkeys(t for f in found for t in f))
         if len(topics) <= 8:
-            rows += [[f"{title(name)}: {t}", *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
+            rows += [[f"{title(name)}: {t}",
+                      *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
                       str(next(f[t]["n"] for f in found if t in f))] for t in topics]
     return rows
 
@@ -322,28 +349,35 @@ def loud(report: dict) -> list[str]:
 
 # %% ../nbs/14_report.ipynb #core-table
 def core_table(report: dict) -> list[list[str]]:
-    """Rows of CORE tasks: ours (± standard error), centered, and GPT-2's published accuracies, in percent."""
+    """Rows of CORE tasks: ours (± standard error), centered, and GPT-2's published accuracies,
+    in percent."""
     rows = []
     for name, r in report["tasks"].get("base", {}).items():
-        rows.append([name, f"{percent(r['accuracy'])} ± {percent(r['stderr'])}", percent(r["centered"]),
+        rows.append([name, f"{percent(r['accuracy'])} ± {percent(r['stderr'])}",
+                     percent(r["centered"]),
                      *(percent(GPT2[g].get(name)) for g in ("GPT-2 124M", "GPT-2 1.6B"))])
     return rows
 
 # %% ../nbs/14_report.ipynb #text-line
 def text_line(metrics: dict) -> str:
-    """The base model's bits per byte on held-out text: in rows as it was trained, and each document by itself."""
-    ways = {"val_bpb": "in packed rows, as it was trained", "document_bpb": "when every document is read alone"}
+    """The base model's bits per byte on held-out text: in rows as it was trained,
+    and each document by itself."""
+    ways = {"val_bpb": "in packed rows, as it was trained",
+            "document_bpb": "when every document is read alone"}
     said = [f"{number(metrics[k])} {how}" for k, how in ways.items() if k in metrics]
-    return f"Held-out text, bits per byte: {', '.join(said)}." if said else "Held-out text was not measured."
+    return (f"Held-out text, bits per byte: {', '.join(said)}." if said
+            else "Held-out text was not measured.")
 
 
 def core_line(report: dict) -> str:
     """CORE in one sentence; a partial mean is never called CORE."""
     metrics, n = report["stages"]["base"]["metrics"], len(report["tasks"].get("base", {}))
     if "core" in metrics:
-        return f"CORE {metrics['core']:.4f} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, GPT-2 1.6B {GPT2['GPT-2 1.6B']['core']:.4f})."
+        return (f"CORE {metrics['core']:.4f} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, "
+                f"GPT-2 1.6B {GPT2['GPT-2 1.6B']['core']:.4f}).")
     if "core_partial" in metrics:
-        return f"CORE was not complete: the mean over {n} of 22 tasks is {metrics['core_partial']:.4f}, which is not a CORE score."
+        return (f"CORE was not complete: the mean over {n} of 22 tasks is "
+                f"{metrics['core_partial']:.4f}, which is not a CORE score.")
     return "CORE was not measured."
 
 # %% ../nbs/14_report.ipynb #markdown
@@ -351,7 +385,8 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
     """The report card as Markdown."""
     c, base, topics = report["cost"], report["stages"]["base"]["metrics"], topic_rows(report)
     parts = [f"# Report card of {report['run']}",
-             f"{report['environment']['date']}, on {machine(report)}. {duration(c['seconds'])} in all, about "
+             f"{report['environment']['date']}, on {machine(report)}. "
+             f"{duration(c['seconds'])} in all, about "
              f"{energy(c['energy_kwh'])} and ${c['usd']:.2f} ({c['assumed']}).",
              *(f"**{line}**" for line in loud(report)),
              "## Stages", table(["stage", "time", "tokens", "FLOPs", "GiB"], stage_rows(report)),
@@ -359,14 +394,17 @@ def markdown(report: dict, others: dict[str, dict]) -> str:
     if report["tasks"].get("base"):
         parts.append(table(["CORE task", "%", "centered", "GPT-2 124M", "1.6B"],
                            core_table(report)))
-    scores = table(["task", "base %", "sft %", "rl %", "constant", "n-gram", "n"], task_rows(report))
-    parts += ["## Chat tasks", *([scores, baseline_note(report)] if task_names(report) else ["No chat task was scored."])]
+    scores = table(["task", "base %", "sft %", "rl %", "constant", "n-gram", "n"],
+                   task_rows(report))
+    parts += ["## Chat tasks", *([scores, baseline_note(report)] if task_names(report)
+                                 else ["No chat task was scored."])]
     parts += [table(["topic", "sft %", "rl %", "n"], topics)] if topics else []
     parts += [*compression_part(report), "## Samples", *sample_parts(report)]
     if others:
         parts += ["## Earlier runs", compare_reports({report["run"]: report} | others)]
     parts += ["## Machine and sources", table(["what", "value"], environment_rows(report)),
-              f"{GPT2_SOURCE}. {NANOCHAT_SOURCE}. " + " ".join(f"{k}: <{v}>." for k, v in SOURCES.items())]
+              f"{GPT2_SOURCE}. {NANOCHAT_SOURCE}. "
+              + " ".join(f"{k}: <{v}>." for k, v in SOURCES.items())]
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/14_report.ipynb #tokenizers
@@ -397,11 +435,13 @@ def compression_part(report: dict) -> list[str]:
 
 # %% ../nbs/14_report.ipynb #sample-parts
 def sample_parts(report: dict, most: int = 12) -> list[str]:
-    """The first conversation of each task of the last stage: chosen by that rule, whatever was said."""
+    """The first conversation of each task of the last stage:
+    chosen by that rule, whatever was said."""
     stage = next((s for s in ("rl", "sft", "base") if report["samples"].get(s)), None)
     if not stage:
         return ["No samples were drawn."]
-    out = [f"The first question of each task, answered by `{stage}`; chosen by that rule, not by taste."]
+    out = [f"The first question of each task, answered by `{stage}`; "
+           "chosen by that rule, not by taste."]
     for s in report["samples"][stage][:most]:
         verdict = "" if "correct" not in s else " (right)" if s["correct"] else " (wrong)"
         asked, answer = quoted(s["prompt"]), quoted(readable(s["completion"]))
@@ -410,7 +450,8 @@ def sample_parts(report: dict, most: int = 12) -> list[str]:
 
 
 def quoted(text: str, most: int = 400) -> str:
-    """The first `most` characters as a Markdown quotation, inside which even an open code fence ends."""
+    """The first `most` characters as a Markdown quotation,
+    inside which even an open code fence ends."""
     return "\n".join("> " + line for line in (text[:most] or "…").split("\n"))
 
 # %% ../nbs/14_report.ipynb #compare-reports
@@ -436,7 +477,8 @@ def headline_errors(report: dict) -> dict[str, float]:
 
 # %% ../nbs/14_report.ipynb #clear-winner
 def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int | None:
-    """Which value is above each other one by more than two standard errors of the difference; None if none is."""
+    """Which value is above each other one by more than two standard errors of the difference;
+    None if none is."""
     there = [i for i, v in enumerate(values) if v is not None]
     best = max(there, key=lambda i: values[i])
     ahead = all(values[best] - values[i] > 2 * math.hypot(errors[best], errors[i])
@@ -445,7 +487,8 @@ def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int
 
 # %% ../nbs/14_report.ipynb #compare-runs
 def compare_reports(reports: dict[str, dict]) -> str:
-    """A Markdown table of the runs' headline numbers; a number that is clearly the best of its row gets a `*`."""
+    """A Markdown table of the runs' headline numbers;
+    a number that is clearly the best of its row gets a `*`."""
     heads = {name: headline(report) for name, report in reports.items()}
     doubts = [headline_errors(report) for report in reports.values()]
     rows = []
@@ -461,24 +504,28 @@ def compare_reports(reports: dict[str, dict]) -> str:
 
 # %% ../nbs/14_report.ipynb #compare-folders
 def compare(folders: Sequence[str | Path]) -> str:
-    """`compare_reports` of the runs in `folders`. Raises UserError for a folder without a report.json."""
+    """`compare_reports` of the runs in `folders`.
+    Raises UserError for a folder without a report.json."""
     reports = {}
     for folder in map(Path, folders):
         report = read_json(folder / "report.json")
         if not report:
-            raise UserError(f"no report.json in {folder}; finish that run first (bash run_all.sh --run {folder.name})")
+            raise UserError(f"no report.json in {folder}; "
+                            f"finish that run first (bash run_all.sh --run {folder.name})")
         reports[folder.name if folder.name not in reports else str(folder)] = report
     return compare_reports(reports)
 
 # %% ../nbs/14_report.ipynb #ticks
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) that lie within low … high."""
+    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart)
+    that lie within low … high."""
     if not high > low:
         return [low]
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
 
 # %% ../nbs/14_report.ipynb #tick-label
 def tick_label(value: float) -> str:
@@ -487,7 +534,8 @@ def tick_label(value: float) -> str:
 
 # %% ../nbs/14_report.ipynb #tag
 def tag(name: str, *content: str, cls: str = "", **attributes) -> str:
-    """An HTML element around `content`, which is markup already; attribute values are escaped here."""
+    """An HTML element around `content`, which is markup already;
+    attribute values are escaped here."""
     given = ({"class": cls}
              if cls else {}) | {k.replace("_", "-"): v for k, v in attributes.items()}
     inside = "".join(f' {k}="{html.escape(str(v))}"' for k, v in given.items())
@@ -512,7 +560,8 @@ def thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[f
 # %% ../nbs/14_report.ipynb #line-chart
 def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, x: str = "step",
                zero: bool = False) -> str:
-    """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title; "" without points."""
+    """Curves, lists of (x, y), as a figure with axes, a legend and a spoken title;
+    "" without points."""
     curves = {name: thin(points) for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -521,11 +570,13 @@ def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, 
     high = high if high > low else low + 1
     px = lambda v: LEFT + (v - min(xs)) / ((max(xs) - min(xs)) or 1) * (WIDTH - LEFT - 8)
     py = lambda v: HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
-    grid = [svg_line(py(t)) + svg_text(LEFT - 6, py(t) + 4, tick_label(t), "end") for t in ticks(low, high, 4)]
+    grid = [svg_line(py(t)) + svg_text(LEFT - 6, py(t) + 4, tick_label(t), "end")
+            for t in ticks(low, high, 4)]
     grid += [
         svg_text(px(t), HEIGHT - 16, tick_label(t), "middle") for t in ticks(min(xs), max(xs), 4)
     ]
-    lines = [svg_curve([(px(a), py(b)) for a, b in points], i % 6) for i, points in enumerate(curves.values())]
+    lines = [svg_curve([(px(a), py(b)) for a, b in points], i % 6)
+             for i, points in enumerate(curves.values())]
     drawing = tag("svg", *grid, *lines, svg_text(WIDTH - 8, HEIGHT - 4, x, "end"),
                   viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title} by {x}")
     return tag("figure", tag("figcaption", html.escape(title)), drawing,
@@ -571,9 +622,9 @@ def bar(label: str, colour: int, score: dict) -> str:
                tag("span", words), cls="bar")
 
 # %% ../nbs/14_report.ipynb #last-score
-LEGEND = (("b2", "base, asked as text"), ("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"), ("b4", "nanochat"),
-          ("key constant",
-           "best constant answer tried"), ("key ngram", "n-gram model"), ("key chance", "chance"))
+LEGEND = (("b2", "base, asked as text"), ("b0", "sft"), ("b1", "rl"), ("b5", "earlier run"),
+          ("b4", "nanochat"), ("key constant", "best constant answer tried"),
+          ("key ngram", "n-gram model"), ("key chance", "chance"))
 
 
 def last_score(report: dict, name: str) -> dict | None:
@@ -583,10 +634,12 @@ def last_score(report: dict, name: str) -> dict | None:
 
 # %% ../nbs/14_report.ipynb #one-task
 def one_task(report: dict, others: dict[str, dict], name: str) -> str:
-    """Bars of one chat task: this run's stages, then earlier runs, then nanochat's published score."""
+    """Bars of one chat task: this run's stages, then earlier runs,
+    then nanochat's published score."""
     tasks = report["tasks"]
     bars = [bar("base", 2, report["as_text"][name])] if name in report["as_text"] else []
-    bars += [bar(s, i, tasks[s][name]) for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
+    bars += [bar(s, i, tasks[s][name])
+             for i, s in enumerate(("sft", "rl")) if name in tasks.get(s, {})]
     for other, theirs in list(others.items())[-4:]:
         score = last_score(theirs, name)
         bars += [bar(other, 5, {k: score.get(k) for k in ("accuracy", "stderr")})] if score else []
@@ -605,18 +658,24 @@ def task_bars(report: dict, others: dict[str, dict]) -> str:
 
 # %% ../nbs/14_report.ipynb #curves
 def curves(folder: Path) -> str:
-    """Loss, validation, reward and throughput over the steps of each stage, from the metrics logs."""
+    """Loss, validation, reward and throughput over the steps of each stage,
+    from the metrics logs."""
     logs = {stage: MetricsLog(folder / "metrics" / f"{stage}.jsonl").rows() for stage in STAGES[1:]}
     def get(stage: str, key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in logs[stage] if isinstance(r.get(key), (int, float))]
     tests = sorted({k for r in logs["rl"] for k in r if "pass@" in k})
     rl = {title(k.split("_pass")[0]) + " pass@1" if "_" in k else k: get("rl", k)
           for k in tests if k.endswith("pass@1") or "_" not in k}
-    charts = [line_chart("Pretraining: loss", {"training loss (nats per token)": get("base", "loss")}),
+    charts = [line_chart("Pretraining: loss",
+                         {"training loss (nats per token)": get("base", "loss")}),
               line_chart("Pretraining: held-out text", {"bits per byte": get("base", "val_bpb")}),
-              line_chart("Fine-tuning: loss", {"training": get("sft", "loss"), "held out": get("sft", "val_loss")}),
-              line_chart("Reinforcement: reward", {"mean reward": get("rl", "reward")} | rl, zero=True),
-              line_chart("Throughput", {f"{s}, tokens per second": get(s, "tokens_per_second") for s in logs}, zero=True)]
+              line_chart("Fine-tuning: loss",
+                         {"training": get("sft", "loss"), "held out": get("sft", "val_loss")}),
+              line_chart("Reinforcement: reward",
+                         {"mean reward": get("rl", "reward")} | rl, zero=True),
+              line_chart("Throughput",
+                         {f"{s}, tokens per second": get(s, "tokens_per_second") for s in logs},
+                         zero=True)]
     return "".join(charts) or "<p>No metrics were logged.</p>"
 
 # %% ../nbs/14_report.ipynb #html-table
@@ -639,7 +698,8 @@ def bubble(sample: dict) -> str:
 # %% ../nbs/14_report.ipynb #conversations-html
 def conversations_html(report: dict) -> str:
     """The first conversation of each task, as each stage answered it; the last stage unfolded."""
-    out = [tag("p", "The first question of each task, chosen by that rule and not by taste.", cls="soft")]
+    out = [tag("p", "The first question of each task, chosen by that rule and not by taste.",
+               cls="soft")]
     for stage in ("rl", "sft", "base"):
         if report["samples"].get(stage):
             chats = tag("div", *map(bubble, report["samples"][stage]), cls="chats")
@@ -662,8 +722,9 @@ def cards(report: dict) -> str:
     if "core_partial" in head:
         core = (f"({head['core_partial']:.3f})",
                 f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
-    text = ((number(head["document_bpb"]), "bits per byte, held-out documents read alone") if "document_bpb" in head
-            else (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"))
+    text = ((number(head["document_bpb"]), "bits per byte, held-out documents read alone")
+            if "document_bpb" in head else
+            (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"))
     shown = [
         text, core,
         (number(head.get("chatcore_embedded", head.get("chatcore"))),
@@ -684,7 +745,8 @@ def core_section(report: dict) -> str:
     if not rows:
         return words
     bars = [bar("this run", 0, {"accuracy": metrics["core"]})] if "core" in metrics else []
-    bars += [bar(name, 4, {"accuracy": v["core"]}) for name, v in (GPT2 | NANOCHAT).items() if "core" in v]
+    bars += [bar(name, 4, {"accuracy": v["core"]})
+             for name, v in (GPT2 | NANOCHAT).items() if "core" in v]
     below = html_table(["task", "accuracy %", "centered %", "GPT-2 124M", "GPT-2 1.6B"], rows)
     return words + tag("div", tag("h3", "CORE, in hundredths"), *bars, cls="task") + below
 
@@ -694,7 +756,8 @@ def compression_section(report: dict) -> str:
     metrics, names, table = report["stages"]["base"]["metrics"], tokenizers(
         report), report["compression"]
     kinds = list(dict.fromkeys([*table, *(k[4:] for k in metrics if k.startswith("bpb/"))]))
-    rows = [[kind, *(number(table.get(kind, {}).get(n)) for n in names), number(metrics.get(f"bpb/{kind}"))] for kind in kinds]
+    rows = [[kind, *(number(table.get(kind, {}).get(n)) for n in names),
+             number(metrics.get(f"bpb/{kind}"))] for kind in kinds]
     header = ["kind of text", *(f"{n}, bytes per token" for n in names), "bits per byte (base)"]
     return html_table(header, rows) if rows else tag("p", "Not measured.")
 
@@ -708,8 +771,9 @@ def topics_html(report: dict) -> str:
 # %% ../nbs/14_report.ipynb #stage-rows
 def stage_rows(report: dict) -> list[list[str]]:
     """Per stage: time, tokens, FLOPs and peak memory."""
-    return [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]), number(x["flops"]),
-             f"{x['peak_memory_bytes'] / 2**30:.2f}"] for s, x in report["stages"].items()]
+    return [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]),
+             number(x["flops"]), f"{x['peak_memory_bytes'] / 2**30:.2f}"]
+            for s, x in report["stages"].items()]
 
 
 def environment_rows(report: dict) -> list[list[str]]:
@@ -747,13 +811,16 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
              "report.css").read_text(encoding="utf-8")
     estimate = tag("p", f"Cost is an estimate from {html.escape(report['cost']['assumed'])}.",
                    cls="soft")
-    sections = {"Chat tasks": task_bars(report, others) + topics_html(report), "Text and CORE": core_section(report),
+    sections = {"Chat tasks": task_bars(report, others) + topics_html(report),
+                "Text and CORE": core_section(report),
                 "Curves": tag("div", curves(folder), cls="charts"),
                 "Compression by kind of text": compression_section(report),
                 "Conversations": conversations_html(report),
-                "Stages": html_table(["stage", "time", "tokens", "FLOPs", "peak memory, GiB"], stage_rows(report)),
+                "Stages": html_table(["stage", "time", "tokens", "FLOPs", "peak memory, GiB"],
+                                     stage_rows(report)),
                 "Runs beside this one": leaderboard(report, others),
-                "Machine": html_table(["what", "value"], environment_rows(report)) + estimate, "Sources": sources()}
+                "Machine": html_table(["what", "value"], environment_rows(report)) + estimate,
+                "Sources": sources()}
     name, date = html.escape(report["run"]), report["environment"]["date"]
     body = tag("main", tag("p", "nanochat_nb · report card", cls="soft"), tag("h1", name),
                tag("p", html.escape(f"{date} · {machine(report)}"), cls="soft"), cards(report),
@@ -767,7 +834,8 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
 
 # %% ../nbs/14_report.ipynb #miniature
 def miniature(folder: Path) -> None:
-    """Every stage in `folder`, even smaller than its defaults: a report wants all of them, not good ones."""
+    """Every stage in `folder`, even smaller than its defaults:
+    a report wants all of them, not good ones."""
     from nanochat_nb.evaluation import run_eval
     from nanochat_nb.pretraining import run_base
     from nanochat_nb.rl import run_rl
@@ -807,7 +875,8 @@ def run_report(*, run: str = "") -> dict:
 
 # %% ../nbs/14_report.ipynb #main
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m nanochat_nb.report RUN` writes a run's report; `--compare RUN RUN …` prints a table of several."""
+    """`python -m nanochat_nb.report RUN` writes a run's report;
+    `--compare RUN RUN …` prints a table of several."""
     import argparse
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.report", description=main.__doc__)
     parser.add_argument("run", nargs="?",

@@ -113,7 +113,8 @@ def token_weights(groups: Sequence[Sequence[Rollout]], kind: str, *, all_tokens:
 
 
 def policy_rows(rollouts: Sequence[Rollout], scales: Sequence[float], pad: int, device) -> tuple:
-    """(idx, targets, scale): rows padded to the longest; targets -1 where the model did not choose; scale (B, 1)."""
+    """(idx, targets, scale): rows padded to the longest;
+    targets -1 where the model did not choose; scale (B, 1)."""
     rows = [r.prompt + r.ids for r in rollouts]
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad)
@@ -127,9 +128,11 @@ def policy_rows(rollouts: Sequence[Rollout], scales: Sequence[float], pad: int, 
 # %% ../nbs/13_rl.ipynb #policy-gradient
 def policy_gradient(model: GPT, rollouts: Sequence[Rollout], scales: Sequence[float], *, pad: int,
                     rt: Runtime, micro_batch_rows: int) -> float:
-    """Backward of −Σ scale · log p(token) over all chosen tokens; returns the global value of that sum.
+    """Backward of −Σ scale · log p(token) over all chosen tokens;
+    returns the global value of that sum.
 
-    `scales` hold advantage times token weight per answer. Answers of like length share a forward pass.
+    `scales` hold advantage times token weight per answer.
+    Answers of like length share a forward pass.
     Gradients are left such that their average over ranks is the global gradient.
     """
     total = 0.0
@@ -146,7 +149,8 @@ def policy_gradient(model: GPT, rollouts: Sequence[Rollout], scales: Sequence[fl
 
 # %% ../nbs/13_rl.ipynb #open-questions
 def shown_by_sft(recipe: dict, tasks: Sequence[str], seed: int) -> dict[str, int]:
-    """How many rows of each embedded task the fine-tuning with this recipe was given: the first ones."""
+    """How many rows of each embedded task the fine-tuning with this recipe was given:
+    the first ones."""
     if recipe["seed"] != seed:                               # it was given rows of another world
         return {}
     return {name: rows_made(recipe["examples"], recipe["mixture"][name])
@@ -179,13 +183,15 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
 def _question(conversation: dict) -> str:
     return str(conversation["messages"][-2]["content"])
 
-
+# %% ../nbs/13_rl.ipynb #that-fit
 def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
              sequence_len: int) -> list[tuple[Task, dict]]:
-    """The questions that leave room for an answer in `sequence_len` tokens. Raises UserError when none does."""
+    """The questions that leave room for an answer in `sequence_len` tokens.
+    Raises UserError when none does."""
     fit = [q for q in questions if len(tokenizer.render_for_completion(q[1])) + 8 <= sequence_len]
     if not fit:
-        raise UserError(f"no question leaves room for an answer in the model's {sequence_len} tokens; practise other tasks")
+        raise UserError("no question leaves room for an answer in the model's "
+                        f"{sequence_len} tokens; practise other tasks")
     return fit
 
 
@@ -200,7 +206,8 @@ def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
 # %% ../nbs/13_rl.ipynb #test-pass
 def test_pass(engine: Engine, tokenizer: Tokenizer, held: Sequence[tuple[Task, dict]], p: dict,
               rt: Runtime) -> dict:
-    """pass@1 and pass@n of `n = eval_samples` answers to each held-out question, in all and per task (unbiased, 0 to 1)."""
+    """pass@1 and pass@n of `n = eval_samples` answers to each held-out question,
+    in all and per task (unbiased, 0 to 1)."""
     mine = range(rt.rank, len(held), rt.world_size)
     groups = roll_out(engine, tokenizer, [held[i] for i in mine],
                       [seed_of(p["seed"], "rl test", i) for i in mine],
@@ -237,7 +244,8 @@ def check_rl(p: dict, rt: Runtime) -> None:
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
-        raise UserError(f"steps {p['steps']} must not be negative, and lr_fraction {p['lr_fraction']} must be positive")
+        raise UserError(f"steps {p['steps']} must not be negative, "
+                        f"and lr_fraction {p['lr_fraction']} must be positive")
     if p["prompts_per_step"] % rt.world_size:
         raise UserError(
             f"prompts_per_step {p['prompts_per_step']} does not divide over {rt.world_size} ranks")
@@ -249,7 +257,8 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
         loop.metrics.log(loop.step, **result)
-        say(loop, f"step {loop.step}: " + ", ".join(f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
+        say(loop, f"step {loop.step}: " + ", ".join(
+            f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
 
     for step in training_steps(loop):
         if step == 0 or due(step, p["eval_every"]):
@@ -260,7 +269,8 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
 
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
                   p: dict) -> None:
-    """Answer, judge, learn: one on-policy step. Groups whose answers all did equally well are not paid for."""
+    """Answer, judge, learn: one on-policy step.
+    Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
     numbers = questions_of(loop.step, p["prompts_per_step"], len(questions), p["seed"])
     mine = range(rt.rank, len(numbers), rt.world_size)
@@ -300,7 +310,8 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
 
 # %% ../nbs/13_rl.ipynb #rl-metrics
 def rl_metrics(loop: TrainingLoop) -> dict:
-    """The numbers a report compares: pass@k before and after, and how many groups carried a signal."""
+    """The numbers a report compares: pass@k before and after,
+    and how many groups carried a signal."""
     rows = loop.rt.broadcast(loop.metrics.rows())
     tests = [{k: v for k, v in r.items() if "pass@" in k} for r in rows
              if any("pass@" in k for k in r)]
@@ -311,7 +322,8 @@ def rl_metrics(loop: TrainingLoop) -> dict:
 
 
 def prepare_sft(run: str, folder: Path, rt: Runtime):
-    """(model, tokenizer, meta) of the run's SFT checkpoint; a scratch run makes one in miniature."""
+    """(model, tokenizer, meta) of the run's SFT checkpoint;
+    a scratch run makes one in miniature."""
     if not run and rt.broadcast(not (folder / "sft").exists()):
         prepare_base(run, folder, rt)
         run_sft(run=str(folder), device=rt.device.type, dtype=str(rt.dtype).removeprefix("torch."))
@@ -327,8 +339,8 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
            device: str = "", dtype: str = "", seed: int = 0) -> dict:
     """Train the run's SFT model on rewards into `run`/rl, or resume where it was interrupted.
 
-    The notebook's parameters cell explains the parameters. Returns the summary that rl/summary.json holds.
-    Raises UserError for parameters that cannot be meant and tasks that cannot be judged.
+    The notebook's parameters cell explains the parameters. Returns the summary that rl/summary.json
+    holds. Raises UserError for parameters that cannot be meant and tasks that cannot be judged.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
@@ -344,8 +356,9 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
-    loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
-                        steps=steps or max(1, len(practice) // prompts_per_step), recipe=recipe(p, **made_by),
+    loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,
+                        keep=keep, steps=steps or max(1, len(practice) // prompts_per_step),
+                        recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, p)
     return finish(loop, rl_metrics(loop), p, questions=len(practice),

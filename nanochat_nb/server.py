@@ -396,7 +396,7 @@ class ModelPool:
         self.loaders, self.keep = dict(loaders), keep
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
         self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
-        self._lock = threading.Lock()                      # for the two tables above: never for long
+        self._lock = threading.Lock()                      # for both tables above: never for long
         self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint, load_model
-from .loader import (PackedRows, check_split, open_shards, pack_conversations, packed_batches,
-                                pretraining_batches)
+from .loader import (PackedRows, check_split, open_shards, pack_conversations,
+                                packed_batches, pretraining_batches)
 from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
                                      learning_rates,
@@ -116,9 +116,11 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
 
 
 def text_rows(rows: int, share: float) -> int:
-    """How many of a batch's rows are pretraining text. Raises UserError when none is left to talk."""
+    """How many of a batch's rows are pretraining text.
+    Raises UserError when none is left to talk."""
     if not 0 <= share < 1 or rows == round(share * rows):
-        raise UserError(f"text_share={share} leaves no row of {rows} for conversations, or is negative")
+        raise UserError(f"text_share={share} leaves no row of {rows} for conversations, "
+                        "or is negative")
     return round(share * rows)
 
 
@@ -132,7 +134,8 @@ def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> in
 # %% ../nbs/12_sft.ipynb #mixed-batches
 def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, rt: Runtime,
                   seed: int, start_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(idx, targets)` of this rank for each step: rows of conversations, and a `share` of them text.
+    """`(idx, targets)` of this rank for each step: rows of conversations,
+    and a `share` of them text.
 
     The text is what the run's base model was pretrained on, in `folder`/tokens.
     """
@@ -143,7 +146,7 @@ def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, 
     talk = packed_batches(packed, rows=rows - text, seed=seed, start_step=start_step)
     read = pretraining_batches(open_shards(folder / "tokens" / "train"), rows=text, seed=seed,
                                sequence_len=packed.sequence_len, start_step=start_step)
-    mine = slice(rt.rank * each, (rt.rank + 1) * each)       # of rows that do not depend on the ranks
+    mine = slice(rt.rank * each, (rt.rank + 1) * each)   # of rows that do not depend on the ranks
     return (tuple(torch.cat(pair)[mine].to(rt.device) for pair in zip(a, b))
             for a, b in zip(talk, read))
 
@@ -186,8 +189,10 @@ def sft_metrics(loop: TrainingLoop, packed: PackedRows) -> dict:
     val = [r["val_loss"] for r in rows if "val_loss" in r]
     losses = [r["loss"] for r in rows if "loss" in r]
     stats = packed.stats
-    return {"val_loss": val[-1], "val_loss_before": val[0], "loss": sum(losses[-10:]) / len(losses[-10:]),
-            "conversations": stats["conversations"], "conversations_cut": stats["cut"] + stats["shortened"],
+    return {"val_loss": val[-1], "val_loss_before": val[0],
+            "loss": sum(losses[-10:]) / len(losses[-10:]),
+            "conversations": stats["conversations"],
+            "conversations_cut": stats["cut"] + stats["shortened"],
             "padding": stats["padding"] / (stats["rows"] * (packed.sequence_len + 1))}
 
 # %% ../nbs/12_sft.ipynb #run-sft
@@ -203,10 +208,11 @@ def run_sft(
         eval_examples: int = 20, save_every: int = 200,
         keep: int = 2, compile: bool = True, device: str = "", dtype: str = "",
         seed: int = 0) -> dict:
-    """Fine-tune the run's base model on conversations into `run`/sft, or resume where it was interrupted.
+    """Fine-tune the run's base model on conversations into `run`/sft,
+    or resume where it was interrupted.
 
-    The notebook's parameters cell explains the parameters. Returns the summary that sft/summary.json holds.
-    Raises UserError for what cannot be trained on.
+    The notebook's parameters cell explains the parameters. Returns the summary
+    that sft/summary.json holds. Raises UserError for what cannot be trained on.
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
@@ -220,8 +226,8 @@ def run_sft(
     T, batch = model.config.sequence_len, total_batch_tokens or base["plan"]["batch_tokens"]
     check_rows(batch, T, micro_batch_rows, rt.world_size)
     if not len(val) and rt.is_main:
-        print("sft: no conversation is held out (too few were given); the loss called held-out is over TRAINING conversations",
-              flush=True)
+        print("sft: no conversation is held out (too few were given); "
+              "the loss called held-out is over TRAINING conversations", flush=True)
     packed, held = (pack_mixture(m, tokenizer, sequence_len=T)
                     for m in (train, val if len(val) else train))
     rates = learning_rates(lr_fraction * base["plan"]["lr_scale"] *

@@ -98,7 +98,8 @@ class Task:
         return self.render(self.rows[i])
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether `completion` answers `conversation` correctly. Raises UserError for an ungraded task."""
+        """Whether `completion` answers `conversation` correctly.
+        Raises UserError for an ungraded task."""
         if self.judge is None:
             raise UserError(f"task {self.name!r} has no right answers; use it for training only")
         return bool(self.judge(conversation, completion))
@@ -120,7 +121,8 @@ def judge_last_letter(conversation: dict, completion: str) -> bool:
 
 
 def judge_letters(conversation: dict, completion: str) -> bool:
-    """The count after `####` is right; or, for a word to be spelled, its letters stand at the end."""
+    """The count after `####` is right; or, for a word to be spelled,
+    its letters stand at the end."""
     if conversation["answer"].isdigit():
         return judge_number(conversation, completion)
     return completion.strip().endswith(f" {conversation['answer']}")
@@ -134,14 +136,16 @@ def judge_number(conversation: dict, completion: str) -> bool:
 
 
 def judge_phrase(conversation: dict, completion: str) -> bool:
-    """The completion contains the conversation's `answer` (or any one of them, when it is a list)."""
+    """The completion contains the conversation's `answer`
+    (or any one of them, when it is a list)."""
     answers = conversation["answer"]
     answers = [answers] if isinstance(answers, str) else answers
     return any(contains_phrase(completion, answer) for answer in answers)
 
 
 def judge_program(conversation: dict, completion: str) -> bool:
-    """The program in the completion passes the conversation's `tests`, run in notebook 07's sandbox."""
+    """The program in the completion passes the conversation's `tests`,
+    run in notebook 07's sandbox."""
     tests = conversation["tests"]
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     imports = leading_imports(text_of(conversation["messages"][0]["content"]))
@@ -173,7 +177,8 @@ def choice_conversation(question: str, choices: Sequence[str], gold: int,
 
 
 def mmlu_conversation(row: dict) -> dict:
-    """A row of MMLU (Hendrycks et al., 2021): question, four choices, the number of the right one."""
+    """A row of MMLU (Hendrycks et al., 2021): question, four choices,
+    the number of the right one."""
     conversation = choice_conversation(row["question"], row["choices"], int(row["answer"]))
     return conversation | {"subject": row.get("subject", "")}
 
@@ -186,7 +191,8 @@ def arc_conversation(row: dict) -> dict:
 
 # %% ../nbs/09_tasks.ipynb #calculator-parts
 def calculator_parts(solution: str) -> list[dict]:
-    """A solution with `<<expression=result>>` marks as a list of text, python and python_output parts."""
+    """A solution with `<<expression=result>>` marks as a list of text,
+    python and python_output parts."""
     parts = []
     for piece in re.split(r"(<<[^>]+>>)", solution):
         if piece.startswith("<<") and piece.endswith(">>"):
@@ -207,9 +213,11 @@ def gsm8k_conversation(row: dict) -> dict:
 # %% ../nbs/09_tasks.ipynb #humaneval-conversation
 def humaneval_conversation(row: dict) -> dict:
     """A row of HumanEval: the prompt is the head of a program, the answer the whole program."""
+    program = f"{row['prompt']}\n{row['canonical_solution']}"
     return {"messages": [{"role": "user", "content": row["prompt"]},
-                         {"role": "assistant", "content": f"{row['prompt']}\n{row['canonical_solution']}"}],
-            "entry_point": row["entry_point"], "tests": f"{row['test']}\ncheck({row['entry_point']})"}
+                         {"role": "assistant", "content": program}],
+            "entry_point": row["entry_point"],
+            "tests": f"{row['test']}\ncheck({row['entry_point']})"}
 
 # %% ../nbs/09_tasks.ipynb #spelling-problem
 COUNT_QUESTIONS = ("How many {l} are in {w}", "How often does {l} occur in {w}",
@@ -228,12 +236,14 @@ def spelling_problem(index: int, split: str, words: Sequence[str] = ()) -> dict:
     word = rng.choice(words) if words else spelling_word(rng, split)
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     quote = rng.choice(["", "'", '"'])
-    question = rng.choice(COUNT_QUESTIONS).format(l=f"{quote}{letter}{quote}", w=f"{quote}{word}{quote}")
+    question = rng.choice(COUNT_QUESTIONS).format(l=f"{quote}{letter}{quote}",
+                                                  w=f"{quote}{word}{quote}")
     return {"word": word, "letter": letter, "question": question + rng.choice(["", "?"])}
 
 # %% ../nbs/09_tasks.ipynb #spelling-conversation
 def spelling_conversation(row: dict) -> dict:
-    """The problem with a worked answer: the word spelled, each letter checked, Python at the end."""
+    """The problem with a worked answer: the word spelled, each letter checked,
+    Python at the end."""
     word, letter = row["word"], row["letter"]
     lines, seen = [], 0
     for i, c in enumerate(word, 1):
@@ -265,7 +275,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 # %% ../nbs/09_tasks.ipynb #read-mmlu
 def read_mmlu(folder: Path) -> list[dict]:
-    """MMLU's header-less csv files: question, four choices, the right letter; the subject is the file's name."""
+    """MMLU's header-less csv files: question, four choices, the right letter;
+    the subject is the file's name."""
     rows = []
     for path in sorted(folder.glob("*.csv")):
         subject = path.stem.rsplit("_", 1)[0]
@@ -376,7 +387,8 @@ REAL = {
 # %% ../nbs/09_tasks.ipynb #open-task
 def open_task(name: str, split: str = "test", *, data: str | Path = "", limit: int | None = None,
               seed: int = 0) -> Task:
-    """The task called `name`: one of `EMBEDDED`, one of `REAL`, or the path of a conversations file.
+    """The task called `name`: one of `EMBEDDED`, one of `REAL`,
+    or the path of a conversations file.
 
     `data` is a folder with the real tasks' files, or "huggingface". At most `limit` rows.
     Raises UserError for an unknown name or split, DataMissing when a real task's files are absent.
