@@ -66,9 +66,11 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["image"] = {"alt": directives["fig-alt"]}
     if "fig-cap" in directives:
         myst["figure"] = {"caption": directives["fig-cap"]}
+    if any(len(line) > 110 for o in cell["outputs"] for line in "".join(o.get("text", "")).split("\n")):
+        tags.append("wrap")                                  # prose, not a table: see book.css
     if is_imports(cell["source"]):
         tags.append("hide-input")
-        myst["code_prompt_show"] = "Show the imports"
+        myst["code_prompt_show"], myst["code_prompt_hide"] = "Show the imports", "Hide the imports"
     if directives.get("echo") == "false":
         tags.append("remove-input")
     if directives.get("output") == "false":
@@ -83,7 +85,7 @@ def prepare_cell(cell: dict) -> dict | None:
 def is_imports(source: str) -> bool:
     """Whether a cell does nothing but import, at some length."""
     lines = [line for line in source.split("\n") if line.strip()]
-    return len(lines) > 4 and all(re.match(r"(from|import|#|\s|\))", line) for line in lines)
+    return len(lines) > 4 and all(re.match(r"(from|import|#|\s|\)|if __name__)", line) for line in lines)
 
 
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*$", re.M)
