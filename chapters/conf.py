@@ -66,8 +66,8 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["image"] = {"alt": directives["fig-alt"]}
     if "fig-cap" in directives:
         myst["figure"] = {"caption": directives["fig-cap"]}
-    if any(len(line) > 110 for o in cell["outputs"] for line in "".join(o.get("text", "")).split("\n")):
-        tags.append("wrap")                                  # prose, not a table: see book.css
+    if is_prose("".join("".join(o.get("text", "")) for o in cell["outputs"])):
+        tags.append("wrap")                                  # see book.css
     if is_imports(cell["source"]):
         tags.append("hide-input")
         myst["code_prompt_show"], myst["code_prompt_hide"] = "Show the imports", "Hide the imports"
@@ -80,6 +80,11 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["code_prompt_show"] = "Show the solution" if "solution" in tags else "Show the code"
         myst["code_prompt_hide"] = "Hide it again"
     return cell
+
+
+def is_prose(text: str) -> bool:
+    """Whether what a cell printed has lines too long for the page, and no columns that wrapping would break."""
+    return any(len(line) > 110 for line in text.split("\n")) and not re.search(r"\S {3,}\S", text)
 
 
 def is_imports(source: str) -> bool:

@@ -143,3 +143,4 @@ def test_cells_are_prepared(conf):
     said = cell("print(story)") | {"outputs": [{"output_type": "stream", "text": ["short\n", "long " * 30]}]}
     assert "wrap" in conf.prepare_cell(said)["metadata"]["tags"]
     assert "wrap" not in conf.prepare_cell(cell("x = 1"))["metadata"]["tags"]
+    assert not conf.is_prose("task     score\n" + "long " * 30)
