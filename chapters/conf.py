@@ -66,9 +66,11 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["image"] = {"alt": directives["fig-alt"]}
     if "fig-cap" in directives:
         myst["figure"] = {"caption": directives["fig-cap"]}
+    if is_prose("".join("".join(o.get("text", "")) for o in cell["outputs"])):
+        tags.append("wrap")                                  # see book.css
     if is_imports(cell["source"]):
         tags.append("hide-input")
-        myst["code_prompt_show"] = "Show the imports"
+        myst["code_prompt_show"], myst["code_prompt_hide"] = "Show the imports", "Hide the imports"
     if directives.get("echo") == "false":
         tags.append("remove-input")
     if directives.get("output") == "false":
@@ -80,10 +82,15 @@ def prepare_cell(cell: dict) -> dict | None:
     return cell
 
 
+def is_prose(text: str) -> bool:
+    """Whether what a cell printed has lines too long for the page, and no columns that wrapping would break."""
+    return any(len(line) > 110 for line in text.split("\n")) and not re.search(r"\S {3,}\S", text)
+
+
 def is_imports(source: str) -> bool:
     """Whether a cell does nothing but import, at some length."""
     lines = [line for line in source.split("\n") if line.strip()]
-    return len(lines) > 4 and all(re.match(r"(from|import|#|\s|\))", line) for line in lines)
+    return len(lines) > 4 and all(re.match(r"(from|import|#|\s|\)|if __name__)", line) for line in lines)
 
 
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*$", re.M)

@@ -55,9 +55,9 @@ def plot_style():
         "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": gray,
         "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
         "axes.labelcolor": gray, "axes.titlecolor": gray, "xtick.color": gray, "ytick.color": gray,
-        "text.color": gray, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "figure.autolayout": True,
-        "font.size": 10})
+        "text.color": gray, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "figure.autolayout": True, "font.size": 10})
     return plt
 
 # %% ../nbs/00_runtime.ipynb #detect-device

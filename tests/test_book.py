@@ -140,3 +140,7 @@ def test_cells_are_prepared(conf):
     assert pictured["metadata"]["mystnb"]["image"]["alt"] == "A line: it rises." and pictured["source"] == "plot()"
     assert "hide-input" in conf.prepare_cell(cell("def f(): pass", ["solution"]))["metadata"]["tags"]
     assert "hide-input" not in conf.prepare_cell(cell("def f(): pass", ["exercise"]))["metadata"]["tags"]
+    said = cell("print(story)") | {"outputs": [{"output_type": "stream", "text": ["short\n", "long " * 30]}]}
+    assert "wrap" in conf.prepare_cell(said)["metadata"]["tags"]
+    assert "wrap" not in conf.prepare_cell(cell("x = 1"))["metadata"]["tags"]
+    assert not conf.is_prose("task     score\n" + "long " * 30)
