@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 # %% auto #0
-__all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'detect_device', 'fast_dtype', 'compute_dtype',
+__all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'live', 'detect_device', 'fast_dtype', 'compute_dtype',
            'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of', 'generator',
            'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes',
            'keep_memory']
@@ -52,13 +53,42 @@ def plot_style():
     gray = "#808080"                                         # readable on white and on black
     plt.rcParams.update({
         "figure.figsize": (6.4, 3.2), "figure.dpi": 100, "savefig.transparent": True,
-        "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": gray,
+        "axes.facecolor": "none", "axes.edgecolor": gray,
         "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
         "axes.labelcolor": gray, "axes.titlecolor": gray, "xtick.color": gray, "ytick.color": gray,
         "text.color": gray, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "figure.autolayout": True, "font.size": 10})
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+        # only here: behind a figure that says itself that it is transparent, Jupyter draws a box
+        set_matplotlib_formats("png", facecolor="none")
     return plt
+
+# %% ../nbs/00_runtime.ipynb #live
+def live(draw, *, size: tuple[float, float] = (6.4, 3.2), **dials):
+    """In Jupyter: sliders and boxes for `draw`'s parameters, with its picture. Headless: nothing.
+
+    `dials` are as in `ipywidgets.interact`. The place for the picture keeps its height, or the
+    page would jump with every move.
+    """
+    if not os.environ.get("JPY_SESSION_NAME"):         # set by Jupyter, not by headless runs
+        return
+    import ipywidgets
+    from IPython.display import display
+    plt = plot_style()
+
+    @functools.wraps(draw)                             # whose defaults are where the dials start
+    def picture(**values):
+        plt.figure(figsize=size)
+        draw(**values)
+        plt.show()
+
+    *boxes, place = (shown := ipywidgets.interactive(picture, **dials)).children
+    for box in boxes:
+        box.style.description_width = "8em"
+    place.layout.min_height = f"{100 * size[1] + 10:.0f}px"
+    display(shown)
 
 # %% ../nbs/00_runtime.ipynb #detect-device
 def detect_device(name: str | None = None) -> torch.device:

@@ -9,10 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -192,6 +195,11 @@ def test_notebook_is_clean(path):
         for output in cell["outputs"]:
             assert output["output_type"] != "error", f"{path.name} #{cell['id']} stores a traceback"
             assert output.get("name") != "stderr", f"{path.name} #{cell['id']} stores standard error"
+            assert "needs_background" not in output.get("metadata", {}), \
+                f"{path.name} #{cell['id']} stores a picture with a box behind it: refresh the notebook"
+            if picture := output.get("data", {}).get("image/png"):
+                corner = Image.open(BytesIO(b64decode("".join(picture)))).convert("RGBA").getpixel((0, 0))
+                assert corner[3] == 0, f"{path.name} #{cell['id']} stores a picture that is not transparent"
             text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
             assert not re.search(r"(?<![\w.])/(tmp|root|home|work)/|0x[0-9a-f]{9,}|Warning:", text), \
                 f"{path.name} #{cell['id']} stores a path, an address or a warning: {text[:200]}"
