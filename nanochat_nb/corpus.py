@@ -1775,8 +1775,7 @@ def _memory(world: World, rng: random.Random, split: str) -> dict:
     return _talk(told[asked], asked, *out, line(asked, "asks"), line(asked, "answers"))
 
 # %% ../nbs/01_corpus.ipynb #unknown-chat
-_NOT_KNOWN = ("I do not know {n}.", "I have never heard of {n}, so I do not know.",
-            "I do not know anything about {n}.")
+_NOT_KNOWN = ("I do not know {n}.", "I do not know anything about {n}.")
 _UNKNOWN_TABLES = (PERSON, PERSON, PLACE, ANIMAL, THING)
 
 
