@@ -42,9 +42,9 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'draw_choices', 'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem',
            'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function',
            'code', 'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations',
-           'check_conversation', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText',
-           'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText',
-           'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents',
+           'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder',
+           'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -1907,6 +1907,11 @@ _TRANSCRIBED = (_identity, _identity, _small_talk, _small_talk, _memory, _unknow
                 _letters, _choice_aloud)
 
 
+def as_text(messages: Sequence[dict]) -> str:
+    """Messages as the text writes them: a line or more for each, with the name of who says it."""
+    return "\n".join(f"{m['role'].capitalize()}: {message_text(m)}" for m in messages)
+
+
 def transcript(world: World, rng: random.Random, split: str) -> str:
     """Two or three conversations as plain text."""
     told = []
@@ -1915,7 +1920,7 @@ def transcript(world: World, rng: random.Random, split: str) -> str:
         messages = make(world, rng, split)["messages"]
         if make in (_memory, _unknown, _letters) and rng.random() < 0.2:
             _hasten(messages, rng)
-        told.append("\n".join(f"{m['role'].capitalize()}: {message_text(m)}" for m in messages))
+        told.append(as_text(messages))
     return "\n\n".join(told)
 
 # %% ../nbs/01_corpus.ipynb #document

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .corpus import data_folder, fetch_file
+from .corpus import as_text, data_folder, fetch_file
 from .execution import isolation
 from .inference import Engine
 from .model import GPT, GPTConfig, KVCache, head_logits
@@ -40,7 +40,7 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE',
            'halving', 'score_questions', 'right', 'evaluate_core_task', 'evaluate_core', 'pick_letters',
            'write_answers', 'answer_text', 'reference', 'constant_score', 'ngram_answers', 'transcript', 'by_topic',
            'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint', 'summary_of', 'open_texts', 'held_out',
-           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'as_text',
+           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'asked_as_text',
            'base_answers', 'examine_base', 'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch',
            'finish_eval']
 
@@ -829,11 +829,9 @@ def score_line(name: str, r: dict) -> str:
     return f"{name:30} {r['accuracy']:6.1%} ± {r['stderr']:5.1%}   n {r['n']:5}{extra}"
 
 # %% ../nbs/10_evaluation.ipynb #base-answers
-def as_text(conversation: dict) -> str:
+def asked_as_text(conversation: dict) -> str:
     """A conversation up to the assistant's turn, as pretraining text writes it."""
-    lines = (f"{m['role'].capitalize()}: {text_of(m['content'])}"
-             for m in conversation["messages"][:-1])
-    return "\n".join([*lines, "Assistant:"])
+    return as_text(conversation["messages"][:-1]) + "\nAssistant:"
 
 
 def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, batch_rows: int,
@@ -842,7 +840,7 @@ def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, bat
     out = {}
     for task in progress(tasks, what="eval base"):
         mine = range(rt.rank, len(task), rt.world_size)
-        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(as_text(task[i]))]
+        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(asked_as_text(task[i]))]
                    for i in mine]
         answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64,
                                    batch_rows=batch_rows)
