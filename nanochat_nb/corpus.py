@@ -539,7 +539,7 @@ And [if you visit {town}|if you ask in {town}|when it rains in {town}], people [
 {hero} went back to [work|{hobby}] with a [smile|light heart|new song].
 "[What a day|Well done|I knew it]!" said {companion}, and {hero} had to laugh.
 [Later|The next day] {hero} wrote it all down in a [blue|small|thick] book.
-The people of {town} [cheered|clapped|thanked them], and somebody [brought|played] [{product}|a drum|the {instrument}].
+The people of {town} [cheered|clapped|thanked them], and somebody [brought {product}|brought a drum|played a drum|played the {instrument}].
 Nothing more happened that day, and {hero} was glad.""".split("\n")
 MORALS = """[Sometimes|Often] a friend is worth more than [a plan|gold|good luck].
 It is [better|wiser] to ask than to guess.
