@@ -1717,14 +1717,17 @@ def _fact(world: World, rng: random.Random, split: str) -> dict:
     return _talk(fact.value, fact.kind, _opener(rng) + pick(rng, fact.questions), reply)
 
 # %% ../nbs/01_corpus.ipynb #memory
+_PEOPLE = tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"]
+_TOWNS = tuple(start + end for start in TOWN_STARTS for end in TOWN_ENDS)
 MEMORY: dict[str, Sequence[str]] = {               # what a user may tell about himself
-    "name": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "home": tuple(s + e for s in TOWN_STARTS for e in TOWN_ENDS)
-    + fillers()["city"], "pet": tuple(PET_NAMES), "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
-    "friend": tuple(WOMEN + MEN) + GUESTS["she"] + GUESTS["he"], "birthday": MONTHS}
+    "name": _PEOPLE, "home": _TOWNS + fillers()["city"], "pet": tuple(PET_NAMES),
+    "age": tuple(map(str, range(6, 90))), "number": tuple(map(str, range(10, 100))),
+    "friend": _PEOPLE, "birthday": MONTHS}
 MEMORY |= {what: values + fillers()[what]
            for what, values in (("food", FOODS), ("colour", COLOURS), ("animal", SPECIES),
                                 ("job", JOBS), ("hobby", HOBBIES))}
 _NAMES = ("name", "home", "pet", "friend")         # of these nobody can know all that there are
+_THINGS = ("food", "colour", "animal", "job", "hobby")
 
 
 @lru_cache(maxsize=None)
@@ -1733,7 +1736,10 @@ def _of_split(what: str, split: str) -> tuple[str, ...]:
 
 
 def _told(rng: random.Random, split: str) -> dict[str, str]:
-    """One to three things to tell, with values of `split`; a third of the names are new ones."""
+    """One to three things to tell, with values of `split`; a third of the names are new ones.
+
+    In training three in ten of the other things have a word too many, to be repeated with them.
+    """
     kinds = [what for what in MEMORY if _of_split(what, split)]
     told = {what: pick(rng, _of_split(what, split))
             for what in rng.sample(kinds, pick(rng, (1, 1, 2, 3)))}
@@ -1741,6 +1747,9 @@ def _told(rng: random.Random, split: str) -> dict[str, str]:
         while what in _NAMES and rng.random() < 0.35:
             name = capital(new_word(rng, split))
             told[what] = name if split_of("memory", what, name) == split else told[what]
+        if split == "train" and what in _THINGS and rng.random() < 0.3:
+            longer = " ".join(rng.sample([told[what], pick(rng, REAL_WORDS)], 2))
+            told[what] = told[what] if longer in MEMORY[what] else longer
     return told
 
 
