@@ -2322,7 +2322,7 @@ def open_text(text: Sequence[str], *, documents: int = 20_000, seed: int = 0, sh
               folder: str | Path = "") -> TextSource:
     """The text named by `text`: "world", "climbmix", "fineweb-edu", or paths of files and folders.
 
-    `documents` is how many training documents the world writes (about 350 characters each);
+    `documents` is how many training documents the world writes (about 420 characters each);
     `shards` how many a Hugging Face corpus contributes, kept in `folder`. Own files are read
     through once, here, so that what is wrong with them is said before anything trains.
     """

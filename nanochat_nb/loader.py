@@ -42,7 +42,7 @@ class Buckets:
     def take(self, limit: int):
         """Remove and return `(length, piece)` of a longest piece not longer than `limit`,
         or None."""
-        n = (self.filled & ((2 << limit) - 1)).bit_length() - 1
+        n = (self.filled & ((2 << limit) - 1)).bit_length() - 1      # of the bits 0 … limit
         if n < 1:
             return None
         piece = self.lists[n].pop()

@@ -112,6 +112,7 @@ def _check_config(c: GPTConfig) -> None:
 def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
     """The window of each layer: `c.window_pattern` tiled over the layers;
     the last is never short."""
+    # short: a quarter of the row, rounded up to a multiple of 128
     width = {"S": -(-c.sequence_len // 512) * 128, "L": c.sequence_len, "F": None}
     letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
     letters[-1] = "L" if letters[-1] == "S" else letters[-1]

@@ -201,9 +201,9 @@ class MuonAdamW:
     """AdamW and Muon groups, stepped together; gradients averaged over ranks, states divided.
 
     Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names,
-    and its numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, ns_steps,
-    weight_decay for Muon, whose params are matrices of one shape. Change them between steps
-    as you like. A parameter without gradient counts as having gradient zero.
+    and its numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, weight_decay and
+    ns_steps (rounds of `polar_express`) for Muon, whose params are matrices of one shape. Change
+    them between steps as you like. A parameter without gradient counts as having gradient zero.
     Raises UserError for groups that are neither.
     """
 
