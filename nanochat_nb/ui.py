@@ -225,7 +225,7 @@ def preview_page(replies: Sequence[list[dict[str, str]]]) -> str:
                       "replies": text}
 
 
-def preview(replies: Sequence[list[dict[str, str]]], *, height: int = 480):
+def preview(replies: Sequence[list[dict[str, str]]], *, height: int = 560):
     """`preview_page` in a frame, for a notebook or the book."""
     class Frame:
         def __repr__(self) -> str:
