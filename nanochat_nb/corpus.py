@@ -1255,6 +1255,7 @@ _SPELLABLE = {split: tuple(w for w in UNSAID if len(w) > 3 and split_of("word", 
               for split in ("train", "val", "test")}
 REAL_WORDS = tuple(sorted({word.lower() for phrases in _LISTS for phrase in phrases
                            for word in phrase.split() if len(word) > 3}))
+_TRAINED_WORDS = REAL_WORDS + _SPELLABLE["train"]
 _REAL = frozenset(SAID + UNSAID + REAL_WORDS)
 
 
@@ -1312,8 +1313,8 @@ _TABLES = (("The {t} of {k} is {v}.", "What is the {t} of {k}? It is {v}."),
 
 def _game_words(world: World, rng: random.Random, count: int) -> list[str]:
     """Different words of one sort: names, things, numbers, or invented ones."""
-    pool = pick(rng, (REAL_WORDS + _SPELLABLE["train"], [e.short for e in world.people], ITEMS, WONDERS, HOBBIES, BEDS,
-                      [e.name for e in world.entities], [str(n) for n in range(100)], None))
+    pool = pick(rng, (_TRAINED_WORDS, [e.short for e in world.people], ITEMS, WONDERS, HOBBIES,
+                      BEDS, [e.name for e in world.entities], [str(n) for n in range(100)], None))
     if pool is None:
         return list({new_word(rng, "train"): 0 for _ in range(count)})
     return rng.sample(pool, min(count, len(pool)))
