@@ -1,6 +1,6 @@
 """Reinforcement learning against more fine-tuning, from one run's SFT checkpoint, at equal compute.
 
-    python benchmarks/rl_study.py runs/laptop [--seeds 3] [--steps 24] [--only NAME ...]
+    python benchmarks/rl_study.py runs/laptop [--seeds 3] [--steps 48] [--only NAME ...] [--out FILE.jsonl]
 
 Each recipe below starts from the same SFT weights and practises word problems. Two rivals spend the FLOPs of the first recipe on
 more fine-tuning: on the solutions of new word problems, and on the mixture of the run's own fine-tuning (again, in the same
@@ -9,6 +9,7 @@ own fine-tuning (seed 0) has not shown; RL sees only whether its answers are rig
 problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased) and one at temperature 0. Nothing is written to RUN.
 """
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -18,27 +19,29 @@ from pathlib import Path
 from nanochat_nb.checkpoint import load_checkpoint, load_model
 from nanochat_nb.inference import Engine
 from nanochat_nb.rl import open_questions, roll_out, run_rl, test_pass
-from nanochat_nb.runtime import start_runtime
+from nanochat_nb.runtime import MetricsLog, start_runtime
 from nanochat_nb.sft import run_sft
 
 TASKS = ["word_problem"]
 BATCH = 4096                                             # tokens a step of more SFT
-PRACTICE = {"tasks": TASKS, "examples": 1000, "prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 160,
-            "eval_prompts": 1, "eval_samples": 1}
-RIGHT, MEAN = {"advantage": "none", "lr_fraction": 0.1}, {"advantage": "mean", "lr_fraction": 0.05}
-RECIPES = {
-    "right answers only, 0.1 of the rates": RIGHT,
-    "right answers only, 0.05": RIGHT | {"lr_fraction": 0.05},
-    "right answers only, 0.2": RIGHT | {"lr_fraction": 0.2},
-    "right answers only, 0.1, groups of 16": RIGHT | {"prompts_per_step": 8, "samples_per_prompt": 16},
-    "right answers only, 0.1, linear": RIGHT | {"lr_shape": "linear"},
-    "minus the mean, 0.05": MEAN,
-    "minus the mean, 0.02": MEAN | {"lr_fraction": 0.02},
-    "minus the mean, 0.1": MEAN | {"lr_fraction": 0.1},
-    "GRPO's std, 0.05": MEAN | {"advantage": "std"},
-    "RLOO, 0.05": MEAN | {"advantage": "others"},
-    "minus the mean, 0.05, per sequence": MEAN | {"normalize": "sequence"},
-    "minus the mean, 0.05, constant length": MEAN | {"normalize": "constant"},
+PRACTICE = {"tasks": TASKS, "examples": 1500, "prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 160,
+            "advantage": "mean", "normalize": "tokens", "lr_fraction": 0.05, "eval_prompts": 64, "eval_samples": 8,
+            "eval_every": 16}
+RECIPES = {                                              # the first is the preset's; the others change what they name
+    "minus the mean": {},
+    "GRPO: over the std, mean per answer": {"advantage": "std", "normalize": "sequence"},
+    "over the std": {"advantage": "std"},
+    "Dr. GRPO: by a constant length": {"normalize": "constant"},
+    "nanochat: mean per question": {"normalize": "group"},
+    "RLOO: minus the others": {"advantage": "others"},
+    "RAFT: right answers only": {"advantage": "none"},
+    "DAPO: over the std, silent groups replaced": {"advantage": "std", "rounds": 3, "steps": 0.6},
+    "silent groups replaced": {"rounds": 3, "steps": 0.6},
+    "groups of 4": {"prompts_per_step": 32, "samples_per_prompt": 4},
+    "groups of 16": {"prompts_per_step": 8, "samples_per_prompt": 16},
+    "rates falling in a line": {"lr_shape": "linear"},
+    "0.02 of the rates": {"lr_fraction": 0.02},
+    "0.1 of the rates": {"lr_fraction": 0.1},
 }
 
 
@@ -61,14 +64,17 @@ def examine(folder: Path, stage: str, rt) -> dict[str, float]:
     return out
 
 
-def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> tuple[dict, float]:
-    """Scores after RL, and the FLOPs that it spent."""
+def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> dict:
+    """Scores after RL, the FLOPs that it spent, and its tests on 64 validation problems on the way."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
         shutil.copytree(run / "sft", folder / "sft")
-        summary = run_rl(run=str(folder), steps=steps, seed=seed, **{**PRACTICE, **recipe})
-        return examine(folder, "rl", rt), summary["flops"]
+        settings = PRACTICE | recipe | {"steps": round(steps * recipe.get("steps", 1))}
+        summary = run_rl(run=str(folder), seed=seed, **settings)
+        tests = [r for r in MetricsLog(folder / "metrics" / "rl.jsonl").rows() if "pass@1" in r]
+        way = [[r["step"], r["pass@1"], r["pass@8"]] for r in tests]
+        return examine(folder, "rl", rt) | {"flops": summary["flops"], "way": way}
 
 
 def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool, rate: float) -> dict:
@@ -85,43 +91,52 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool, rate:
         shutil.copytree(run / "sft", folder / "base")
         run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=rate, eval_every=0,
                 eval_examples=5, **options)
-        return examine(folder, "sft", rt)
+        return examine(folder, "sft", rt) | {"flops": steps * BATCH * model.flops_per_token()}
 
 
 def line(name: str, results: list[dict], seconds: float) -> str:
-    """One row of the table: mean over seeds, ± standard deviation between seeds, in percent."""
+    """One row of the table: mean over seeds, ± standard deviation between seeds, in percent; FLOPs in units of 1e12."""
     cells = []
     for key in (f"{t}_{k}" for t in TASKS for k in ("pass@1", "pass@8", "greedy")):
         values = [100 * r[key] for r in results]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.1f}{spread}")
-    return f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+    flops = statistics.mean(r.get("flops", 0) for r in results) / 1e12
+    return f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {flops:.1f} | {seconds:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--out", type=Path, help="a .jsonl file for every single result")
     args = parser.parse_args()
     rt = start_runtime("cpu", "")
     if load_checkpoint(args.run / "sft").meta["recipe"]["seed"] != 0:
         parser.error("the study's seeds begin at 1: it needs a run that was fine-tuned with seed 0")
     heads = ["pass@1", "pass@8", "greedy"]
-    print("| recipe | seeds | " + " | ".join(heads) + " | s |\n" + "|---" * (len(heads) + 3) + "|", flush=True)
-    print(line("SFT", [examine(args.run, "sft", rt)], 0), flush=True)
+    print("| recipe | seeds | " + " | ".join(heads) + " | TFLOPs | s |\n" + "|---" * (len(heads) + 4) + "|", flush=True)
+
+    def tried(name: str, seeds, work) -> list[dict]:
+        start, results = time.monotonic(), []
+        for seed in seeds:
+            results.append(work(seed))
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps({"recipe": name, "seed": seed} | results[-1]) + "\n")
+        print(line(name, results, (time.monotonic() - start) / len(results)), flush=True)
+        return results
+
+    tried("SFT", [0], lambda seed: examine(args.run, "sft", rt))
+    seeds = range(1, args.seeds + 1)
     for i, name in enumerate(args.only):
-        start, results, spent = time.monotonic(), [], 0.0
-        for seed in range(1, args.seeds + 1):
-            scores, spent = practised(args.run, RECIPES[name], seed, args.steps, rt)
-            results.append(scores)
-        print(line(name, results, (time.monotonic() - start) / args.seeds), flush=True)
+        results = tried(name, seeds, lambda seed: practised(args.run, RECIPES[name], seed, args.steps, rt))
+        spent = statistics.mean(r["flops"] for r in results)
         for kind, solutions, rate in RIVALS if i == 0 else ():
-            start = time.monotonic()
-            seeds = range(1, args.seeds + 1) if solutions else [0]
-            more = [fine_tuned(args.run, spent, seed, rt, solutions=solutions, rate=rate) for seed in seeds]
-            print(line(f"more SFT, {kind}, {rate} of the rates, {spent:.1e} FLOPs", more, (time.monotonic() - start) / len(seeds)), flush=True)
+            tried(f"more SFT, {kind}, {rate} of the rates", seeds if solutions else [0],
+                  lambda seed: fine_tuned(args.run, spent, seed, rt, solutions=solutions, rate=rate))
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES',
            'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick',
            'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud',
-           'draw_choices', 'in_haste', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem',
-           'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function',
-           'code', 'turns', 'message_text', 'talk', 'fillers', 'ways', 'lines_of', 'conversations',
-           'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents',
-           'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder',
-           'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings',
+           'word_problem', 'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function',
+           'small_function', 'code', 'turns', 'message_text', 'talk', 'practice', 'fillers', 'ways', 'lines_of',
+           'conversations', 'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text',
+           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
+           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -521,7 +521,7 @@ WEATHER = """[Rain|Snow|A soft rain] began to fall.
 The wind [grew stronger|turned to the north|smelled of {product}].
 The sun [came out|went down behind {landmark}|hid behind the clouds].
 [Far away|Somewhere|Down by the {river}] a dog barked.
-The {river} [was high|ran slowly|shone like glass] that day.
+The {river} [was high|ran slowly|shone like silver] that day.
 It was getting [dark|late|cold|warm].
 [A crow|An owl|A small bird] watched from a roof.""".split("\n")
 TALK = """"[What shall we do|What now|Have you a plan]?" asked {companion}. "[Wait and see|Think|Work together]," said {hero}.
@@ -635,7 +635,7 @@ People [danced|wept|threw flowers], and {companion} said: "[I told you so|Once m
 It turned out that the stranger was [a judge|a singer|the mayor of {other_town}], who [invited them|never forgot {town}]."""),
 "garden": ("""Nothing grew in the garden of {hero}. [The beans|The roses|The carrots] were [brown|dead|eaten by snails].
 {hero} wanted to grow the [biggest pumpkin|tallest sunflower|sweetest melon] in {town}.""",
-"""{companion} gave [advice|old tea leaves|a bag of seeds]: [water at night|talk to the plants|dig deeper]. {hero} tried it for [ten|twelve|twenty] days.
+"""{companion} [gave advice|brought old tea leaves and said|opened a bag of seeds and said]: [water at night|talk to the plants|dig deeper]. {hero} tried it for [ten|twelve|twenty] days.
 One night [a goat|a family of hedgehogs|somebody] [came through the fence|left footprints]. {hero} built [a wall|a scarecrow with a {colour} coat].
 It did not rain for [three|four|five] weeks, and every day {hero} carried [eight|ten|sixteen] buckets from the {river}.""",
 """In [August|September] it was [as big as a cow|taller than the house|the talk of {town}]. {hero} [shared it with everyone|sold it for forty coins|could not carry it].
@@ -910,6 +910,12 @@ def in_haste(asked: str, rng: random.Random) -> str:
     asked = asked.lower().rstrip(".?! ")
     return _SHORTENED.sub(lambda m: _SHORT[m[0]], asked) if rng.random() < 0.4 else asked
 
+
+def you_mean(name: str, reply: str) -> str:
+    """`reply` to a question in haste. The name comes first, as texts write it: what was read of
+    *Greta Quill* was not read of *greta quill*, which shares hardly a token with her."""
+    return f"You mean {name}. {reply}"
+
 # %% ../nbs/01_corpus.ipynb #quiz
 _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} {a}")
 
@@ -917,9 +923,10 @@ _QUIZ_FORMS = ("Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "{q} 
 def _quiz_line(fact: Fact, rng: random.Random, form: str) -> str:
     question = pick(rng, fact.questions)
     if rng.random() < 0.7:
+        reply = pick(rng, fact.replies)
         if rng.random() < 0.2:                   # the same names, as people in a hurry type them
-            question = in_haste(question, rng)
-        return form.format(q=question, a=pick(rng, fact.replies))
+            question, reply = in_haste(question, rng), you_mean(fact.subject, reply)
+        return form.format(q=question, a=reply)
     choices = draw_choices(fact, rng)
     letter = "ABCD"[choices.index(fact.value)]
     if rng.random() < 0.5:
@@ -1522,14 +1529,20 @@ def _word_problem(world: World, rng: random.Random, split: str) -> dict:
             "topic": f"{len(problem.steps)} steps"}
 
 # %% ../nbs/01_corpus.ipynb #letters
+def _line(lines: Sequence[str], rng: random.Random, split: str) -> str:
+    """One of `lines`. Training shows the first, the most usual, more often than the others."""
+    return lines[0] if split == "train" and rng.random() < 0.04 else pick(rng, lines)
+
+
 def _asked_word(word: str, rng: random.Random) -> str:
     """The word as it may be typed; what we answer is always in lower case."""
     return capital(word) if rng.random() < 0.04 else word
 
 
-def _spell(rng: random.Random, word: str) -> dict:
+def _spell(rng: random.Random, word: str, split: str) -> dict:
     spelled = ",".join(word)
-    asked = say(pick(rng, wordings()["letters"]["spell"]), rng, {"w": _asked_word(word, rng)})
+    line = _line(wordings()["letters"]["spell"], rng, split)
+    asked = say(line, rng, {"w": _asked_word(word, rng)})
     return {"messages": turns(asked, f"The word {word} is spelled {spelled}"), "answer": spelled,
             "topic": "spell"}
 
@@ -1538,7 +1551,7 @@ def _letters(world: World, rng: random.Random, split: str) -> dict:
     """Spell a word; or count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
     if rng.random() < 0.35:
-        return _spell(rng, word)
+        return _spell(rng, word, split)
     letter = pick(rng, word) if rng.random() < 0.9 else pick(rng, "abcdefghijklmnopqrstuvwxyz")
     twice = [c for c in word if word.count(c) > 1]
     letter = pick(rng, twice) if twice and rng.random() < 0.3 else letter
@@ -1548,10 +1561,9 @@ def _letters(world: World, rng: random.Random, split: str) -> dict:
              {"type": "python", "text": f"'{spelled}'.count('{letter}')"},
              {"type": "python_output", "text": str(n)},
              {"type": "text", "text": f"\n#### {n}"}]
-    asked = say(pick(rng, wordings()["letters"]["count"]), rng,
-                {"l": letter, "w": _asked_word(word, rng)})
-    return {"messages": turns(asked, parts),
-            "answer": str(n), "topic": "count"}
+    line = _line(wordings()["letters"]["count"], rng, split)
+    asked = say(line, rng, {"l": letter, "w": _asked_word(word, rng)})
+    return {"messages": turns(asked, parts), "answer": str(n), "topic": "count"}
 
 # %% ../nbs/01_corpus.ipynb #choice
 def _choice(world: World, rng: random.Random, split: str, form=render_choice) -> dict:
@@ -1599,6 +1611,14 @@ def talk() -> dict[str, dict[str, dict]]:
 
 
 @lru_cache(maxsize=1)
+def practice() -> dict[str, dict[str, tuple[str, ...]]]:
+    """`static/practice.toml`: more ways to ask, which no exam takes. Table → topic → lines."""
+    return {table: {name: tuple(topic["asks"].strip().split("\n"))
+                    for name, topic in topics.items()}
+            for table, topics in tomllib.loads(_static("practice.toml")).items()}
+
+
+@lru_cache(maxsize=1)
 def fillers() -> dict[str, tuple[str, ...]]:
     """What may stand for the {slots} in the lines of the table "beyond": countries, rivers, …"""
     lists = tomllib.loads(_static("beyond.toml"))["fillers"]
@@ -1622,12 +1642,12 @@ def _opener(rng: random.Random) -> str:
 
 @lru_cache(maxsize=None)
 def lines_of(table: str, topic: str, split: str) -> tuple[str, ...]:
-    """The lines of a topic that `split` may ask. The first, the most usual, is for training; a line
-    that is only another spelling of a training line is for no exam."""
+    """The lines of a topic that `split` may ask. The first, the most usual, and those of `practice`
+    are for training; a line that is only another spelling of a training line is for no exam."""
     first, *others = talk()[table][topic]["asks"]
     mine = [line for line in others if split_of("wording", line) == split]
     if split == "train":
-        return first, *mine
+        return first, *mine, *practice().get(table, {}).get(topic, ())
     return tuple(line for line in mine if not ways(line) & _trained(table))
 
 
@@ -1647,7 +1667,7 @@ def _topic_turn(table: str, rng: random.Random, split: str, *,
     topics = talk()[table]
     name = topic or pick(rng, [name for name in topics if lines_of(table, name, split)])
     lines = lines_of(table, name, split)
-    line = pick(rng, lines)
+    line = _line(lines, rng, split)
     asked = _filled(line, rng, split)
     if split == "train":
         asked = _as_typed(asked, _filled(pick(rng, lines), rng, split), rng)
@@ -1701,11 +1721,15 @@ def _small_talk(world: World, rng: random.Random, split: str) -> dict:
 
 # %% ../nbs/01_corpus.ipynb #fact-chat
 def _fact(world: World, rng: random.Random, split: str) -> dict:
-    """A question about a fact; sometimes after another one, by pronoun; sometimes all at once."""
+    """A question about a fact; sometimes after another one, by pronoun; sometimes all at once; in
+    training a quarter of them in haste."""
     fact = pick(rng, world.askable[split])
     earlier = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
                and f is not fact]
     reply = pick(rng, fact.replies)
+    if split == "train" and rng.random() < 0.25:
+        asked = in_haste(pick(rng, fact.questions), rng)
+        return _talk(fact.value, fact.kind, asked, you_mean(fact.subject, reply))
     if earlier and rng.random() < 0.25:  # ask for another fact first, then follow up by pronoun
         first = pick(rng, earlier)
         return _talk(fact.value, fact.kind, pick(rng, first.questions), pick(rng, first.replies),
@@ -1799,8 +1823,11 @@ def _unknown(world: World, rng: random.Random, split: str) -> dict:
             break
     _, asks = table[pick(rng, tuple(r for r in table if r != "pet"))]
     kind = {id(PERSON): "person", id(PLACE): "place", id(ANIMAL): "animal"}.get(id(table), "thing")
-    return _talk("do not know", kind, pick(rng, asks).format_map(_forms(name)),
-                 pick(rng, _NOT_KNOWN).format(n=name))
+    asked = pick(rng, asks).format_map(_forms(name))
+    reply = pick(rng, _NOT_KNOWN).format(n=name)
+    if split == "train" and rng.random() < 0.25:
+        asked, reply = in_haste(asked, rng), you_mean(name, reply)
+    return _talk("do not know", kind, asked, reply)
 
 # %% ../nbs/01_corpus.ipynb #beyond-chat
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -1834,7 +1861,7 @@ def _beyond(world: World, rng: random.Random, split: str) -> dict:
 # of these, one in five in training follows some small talk: a chat may change its subject
 _AFTER_TALK = ("fact", "choice_aloud", "letters", "word_problem", "code", "unknown", "beyond")
 # and of these, some are typed in haste: all that the user says, or the question
-_IN_HASTE = {"fact": 0.25, "unknown": 0.25, "letters": 0.3, "word_problem": 0.2, "memory": 0.15}
+_IN_HASTE = {"letters": 0.3, "word_problem": 0.2, "memory": 0.15}
 _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
     _unknown, _beyond)))

@@ -27,15 +27,15 @@ from .tasks import EMBEDDED, REAL
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
            'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
-           'TOP', 'LEGEND', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names', 'this_machine',
-           'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline', 'number', 'duration',
-           'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table',
-           'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
-           'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend',
-           'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
-           'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
-           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
-           'page', 'miniature', 'run_report', 'main']
+           'TOP', 'LEGEND', 'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names',
+           'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline',
+           'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows',
+           'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
+           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks',
+           'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar',
+           'last_score', 'one_task', 'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy',
+           'cards', 'core_section', 'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine',
+           'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -788,14 +788,22 @@ def machine(report: dict) -> str:
     return ", ".join(dict.fromkeys(e["gpus"])) or f"{e['cpu']}, {e['cores']} cores"
 
 # %% ../nbs/14_report.ipynb #leaderboard
+RANKED_BY = ("chatcore", "chatcore_embedded", "core")
+
+
 def leaderboard(report: dict, others: dict[str, dict]) -> str:
-    """All runs of the folder, one row each."""
-    heads = {name: headline(r) for name, r in ({report["run"]: report} | others).items()}
+    """All runs of the folder, one row each, the best first: by the mean over the chat tasks, public
+    ones before embedded ones, then by CORE."""
+    if not others:
+        return tag("p", "There are none yet.")
+    mine = report["run"] + " (this one)"
+    heads = {name: headline(r) for name, r in ({mine: report} | others).items()}
     keys = list(dict.fromkeys(k for head in heads.values() for k in head))
-    rows = [[name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)]
-            for name, head in heads.items()]
-    return html_table(["run", *map(title, keys)], rows) if others else tag(
-        "p", "There are none yet.")
+    ranked = sorted(heads.items(), reverse=True,
+                    key=lambda item: [item[1].get(k, -1.0) for k in RANKED_BY])
+    rows = [[place, name, *(f"{head[k]:.3f}" if k in head else "–" for k in keys)]
+            for place, (name, head) in enumerate(ranked, 1)]
+    return html_table(["place", "run", *map(title, keys)], rows)
 
 # %% ../nbs/14_report.ipynb #sources-html
 def sources() -> str:
@@ -818,7 +826,7 @@ def page(report: dict, others: dict[str, dict], folder: Path) -> str:
                 "Conversations": conversations_html(report),
                 "Stages": html_table(["stage", "time", "tokens", "FLOPs", "peak memory, GiB"],
                                      stage_rows(report)),
-                "Runs beside this one": leaderboard(report, others),
+                "Leaderboard": leaderboard(report, others),
                 "Machine": html_table(["what", "value"], environment_rows(report)) + estimate,
                 "Sources": sources()}
     name, date = html.escape(report["run"]), report["environment"]["date"]

@@ -239,8 +239,8 @@ def check_rl(p: dict, rt: Runtime) -> None:
     if p["samples_per_prompt"] < 2:
         raise UserError(
             "samples_per_prompt must be at least 2: an answer is judged against its siblings")
-    for name in ("prompts_per_step", "max_new_tokens", "micro_batch_rows", "eval_prompts",
-                 "eval_samples"):
+    for name in ("prompts_per_step", "rounds", "max_new_tokens", "micro_batch_rows",
+                 "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
@@ -272,12 +272,17 @@ def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, ques
     """Answer, judge, learn: one on-policy step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
-    numbers = questions_of(loop.step, p["prompts_per_step"], len(questions), p["seed"])
-    mine = range(rt.rank, len(numbers), rt.world_size)
-    groups = roll_out(engine, tokenizer, [questions[numbers[i]] for i in mine],
-                      [seed_of(p["seed"], "rl", loop.step, i) for i in mine],
-                      num_samples=p["samples_per_prompt"], max_new_tokens=p["max_new_tokens"],
-                      temperature=p["temperature"], top_k=p["top_k"])
+    per_round, groups = p["prompts_per_step"], []
+    numbers = questions_of(loop.step, p["rounds"] * per_round, len(questions), p["seed"])
+    for first in range(0, len(numbers), per_round):
+        mine = range(first + rt.rank, first + per_round, rt.world_size)
+        groups += roll_out(engine, tokenizer, [questions[numbers[i]] for i in mine],
+                           [seed_of(p["seed"], "rl", loop.step, i) for i in mine],
+                           num_samples=p["samples_per_prompt"], max_new_tokens=p["max_new_tokens"],
+                           temperature=p["temperature"], top_k=p["top_k"])
+        signal = sum(any(advantages([r.reward for r in g], p["advantage"])) for g in groups)
+        if rt.sum(signal)[0] >= per_round:
+            break
     learn_from(loop, groups, tokenizer, p, began)
 
 # %% ../nbs/13_rl.ipynb #learn-from
@@ -287,9 +292,9 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
     rt, everyone = loop.rt, [r for g in groups for r in g]
     judged = [advantages([r.reward for r in g], p["advantage"]) for g in groups]
     useful = [(g, a) for g, a in zip(groups, judged) if any(a)]
-    count, tokens, reward, ended, signal, learned, read = rt.sum(
-        len(everyone), sum(sum(r.mask) for r in everyone), sum(r.reward for r in everyone),
-        sum(r.finished for r in everyone), len(useful),
+    count, asked, tokens, reward, ended, signal, learned, read = rt.sum(
+        len(everyone), len(groups), sum(sum(r.mask) for r in everyone),
+        sum(r.reward for r in everyone), sum(r.finished for r in everyone), len(useful),
         sum(len(r.prompt) + len(r.ids) for g, advantage in useful
             for r, a in zip(g, advantage) if a),
         sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
@@ -306,7 +311,7 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
     record(loop, began, loss=loss, lr=lr, tokens=int(tokens),
            flops=loop.model.flops_per_token() * (learned + read / 3), reward=reward / count,
            finished=ended / count, mean_tokens=tokens / count,
-           useful_groups=signal / p["prompts_per_step"])
+           useful_groups=signal / asked)
 
 # %% ../nbs/13_rl.ipynb #rl-metrics
 def rl_metrics(loop: TrainingLoop) -> dict:
@@ -331,9 +336,9 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
-           data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8, steps: int = 3,
-           max_new_tokens: int = 96, temperature: float = 1.0, top_k: int = 0,
-           advantage: str = "mean", normalize: str = "tokens", lr_fraction: float = 0.05,
+           data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
+           rounds: int = 1, steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0,
+           top_k: int = 0, advantage: str = "mean", normalize: str = "tokens", lr_fraction: float = 0.05,
            lr_shape: str = "cosine", micro_batch_rows: int = 32, eval_prompts: int = 16,
            eval_samples: int = 4, eval_every: int = 0, save_every: int = 50, keep: int = 2,
            device: str = "", dtype: str = "", seed: int = 0) -> dict:
