@@ -131,10 +131,10 @@ def main() -> None:
 
     tried("SFT", [0], lambda seed: examine(args.run, "sft", rt))
     seeds = range(1, args.seeds + 1)
-    for i, name in enumerate(args.only):
+    for name in args.only:
         results = tried(name, seeds, lambda seed: practised(args.run, RECIPES[name], seed, args.steps, rt))
         spent = statistics.mean(r["flops"] for r in results)
-        for kind, solutions, rate in RIVALS if i == 0 else ():
+        for kind, solutions, rate in RIVALS if name == next(iter(RECIPES)) else ():
             tried(f"more SFT, {kind}, {rate} of the rates", seeds if solutions else [0],
                   lambda seed: fine_tuned(args.run, spent, seed, rt, solutions=solutions, rate=rate))
 
