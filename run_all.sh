@@ -17,6 +17,7 @@ Train a small ChatGPT from text to chat, on a laptop or on eight GPUs.
       --data FOLDER                evaluate on CORE, MMLU, ARC, GSM8K, HumanEval when their files are there
       --set STAGE.PARAM=VALUE      override one parameter of one stage (tokenizer, base, sft, rl, eval, report)
       --processes N                processes on this machine                       (default: one per GPU)
+      --plan [--hardware 8xH100]   train nothing: print parameters, memory, hours, dollars, disk, and the rules' origins
       --until STEP                 stop early: tokenizer, base, eval-base, sft, eval-sft, rl, eval-rl
   bash run_all.sh chat             talk to the trained model in the browser   [--run NAME] [--port 8866]
   bash run_all.sh lab              open the course in JupyterLab

@@ -24,7 +24,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,14 +34,15 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
                                  nearest, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
-           'check_files', 'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding',
-           'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status',
-           'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
-           'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee',
-           'keep_earlier', 'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path',
-           'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'where_to_compute',
-           'main', 'command_line']
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'Stage', 'Step', 'load_preset', 'check_overrides',
+           'parse_setting', 'override', 'check_files', 'planned', 'check_sizes', 'check_names', 'check_source',
+           'stage_parameters', 'content_hash', 'deciding', 'step_key', 'product_files', 'marker_path', 'read_marker',
+           'damage', 'identity', 'upstream', 'status', 'set_aside', 'begin', 'finish', 'tags', 'source',
+           'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports', 'use_atomic_saves',
+           'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage', 'without_errors',
+           'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises',
+           'refresh', 'later_flops', 'hours', 'work_section', 'memory_section', 'cost_section', 'disk_section',
+           'plan_text', 'arguments', 'where_to_compute', 'print_plan', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -206,12 +207,13 @@ def check_files(overrides: dict[str, dict]) -> None:
             pass
 
 # %% ../nbs/15_launch.ipynb #check-sizes
-def check_sizes(overrides: dict[str, dict], processes: int) -> None:
-    """Raise UserError for sizes that cannot be trained:
-    a batch that does not divide over the ranks, ratio 0, …"""
+def planned(overrides: dict[str, dict]):
+    """Pretraining's parameters, the config of its model and its `Plan`, of which nothing is built.
+
+    Raises UserError for sizes that cannot be meant: no layers, ratio 0, a negative count.
+    """
     from nanochat_nb.model import GPTConfig
-    from nanochat_nb.pretraining import check_rows, plan_base
-    from nanochat_nb.rl import check_rl
+    from nanochat_nb.pretraining import plan_base
     from nanochat_nb.tokenizer import check_vocab_size
     base = stage_parameters(STEPS["base"], overrides)
     if base["depth"] < 1:
@@ -221,8 +223,16 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     config = GPTConfig.from_depth(
         base["depth"], vocab_size=vocab_size,
         **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
-    plan = plan_base(config,
-                     **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
+    known = inspect.signature(plan_base).parameters
+    return base, config, plan_base(config, **{k: base[k] for k in known if k in base})
+
+
+def check_sizes(overrides: dict[str, dict], processes: int) -> None:
+    """Raise UserError for sizes that cannot be trained:
+    a batch that does not divide over the ranks, ratio 0, …"""
+    from nanochat_nb.pretraining import check_rows
+    from nanochat_nb.rl import check_rl
+    base, _, plan = planned(overrides)
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
     check_rl(stage_parameters(STEPS["rl"], overrides),
              Runtime(torch.device("cpu"), torch.float32, 0, processes))
@@ -848,6 +858,143 @@ def refresh(numbers: Sequence[str] = ()) -> None:
         changed = "outputs changed" if path.read_bytes() != before else "as before"
         print(f"{path.name}: {changed}, {time.monotonic() - start:.0f} s", flush=True)
 
+# %% ../nbs/15_launch.ipynb #later-flops
+ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200)}
+TALK_TOKENS = 50                          # of an embedded conversation; above: (rows, tokens a row)
+
+
+def later_flops(overrides: dict[str, dict], batch_tokens: int,
+                flops_per_token: float) -> dict[str, float]:
+    """Roughly the operations of fine-tuning and RL, which the data decide.
+    Own conversations count as short."""
+    from nanochat_nb.corpus import read_conversations
+    sft, rl = (stage_parameters(STEPS[name], overrides) for name in ("sft", "rl"))
+
+    def size(task: str) -> int:
+        rows, tokens = ROUGH_ROWS.get(task, (sft["examples"], TALK_TOKENS))
+        return rows * tokens
+
+    own = sum(1 for path in sft["conversations"] for _ in read_conversations(path))
+    talk = (sum(factor * size(task) for task, factor in sft["mixture"].items())
+            + own * sft["conversation_epochs"] * TALK_TOKENS)
+    steps = sft["steps"] * (sft["total_batch_tokens"] or batch_tokens)
+    questions = sum(ROUGH_ROWS[t][0] if t in ROUGH_ROWS else rl["examples"] for t in rl["tasks"])
+    rounds = rl["steps"] or max(1, questions // rl["prompts_per_step"])
+    answers = rounds * rl["prompts_per_step"] * rl["samples_per_prompt"] * rl["max_new_tokens"]
+    return {"fine-tuning": flops_per_token * (steps or sft["epochs"] * talk / (1 - sft["text_share"])),
+            "RL": flops_per_token * answers * 4 / 3}     # writing costs a third of learning
+
+# %% ../nbs/15_launch.ipynb #work-section
+def hours(seconds: float | None) -> str:
+    """A time in words: "41 s", "13 min", "2.1 h"."""
+    if seconds is None:
+        return "unknown"
+    return (f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            if seconds < 6000 else f"{seconds / 3600:.1f} h")
+
+
+def work_section(overrides: dict[str, dict]) -> list[tuple]:
+    """Rows about the model and its pretraining: parameters by group, tokens, steps, operations."""
+    from nanochat_nb.model import GPT
+    base, config, plan = planned(overrides)
+    with torch.device("meta"):
+        model = GPT(config)
+    each = model.flops_per_token()
+    counts = [(name, f"{n:,}", "") for name, n in model.parameter_counts().items()]
+    return [("Parameters", "", f"{config.n_layer} layers of width {config.n_embd}"), *counts,
+            ("Pretraining", "", ""), ("tokens", f"{plan.tokens:,}", ""),
+            ("steps", f"{plan.steps:,}", f"of {plan.batch_tokens:,} tokens"),
+            ("FLOPs", f"{each * plan.tokens:.2e}", f"{each:,} per token")]
+
+# %% ../nbs/15_launch.ipynb #memory-section
+def memory_section(overrides: dict[str, dict], hardware, processes: int) -> list[tuple]:
+    """Rows about memory in GiB, and whether it fits; if not, with which micro-batch it would."""
+    from nanochat_nb.pretraining import memory_plan
+    base, config, plan = planned(overrides)
+    rows = min(base["micro_batch_rows"], plan.batch_tokens // base["sequence_len"] // processes)
+    dtype = base["dtype"] or ("float32" if hardware.name in ("CPU-FP32", "T4") else "bfloat16")
+
+    def need(rows: int) -> dict[str, int]:
+        return memory_plan(config, rows=rows, world_size=processes, dtype=getattr(torch, dtype),
+                           gpu=hardware.is_gpu)
+
+    room = 0.9 * hardware.memory / (1 if hardware.is_gpu else processes)
+    verdict = f"does not fit into {hardware.memory / 2**30:.0f}, less a tenth"
+    if not room:
+        verdict = "the memory of this device is not known"
+    elif sum(need(rows).values()) <= room:
+        verdict = f"fits into {hardware.memory / 2**30:.0f}, less a tenth"
+    else:
+        fitting = [n for n in (2**i for i in range(9, -1, -1))
+                   if n < rows and sum(need(n).values()) <= room]
+        verdict += (f"; try --set base.micro_batch_rows={fitting[0]}" if fitting else
+                    ", not even one row at a time; take a smaller --depth")
+    where = "GPU" if hardware.is_gpu else "process"
+    parts = [(name, f"{n / 2**30:.2f}", "") for name, n in need(rows).items()]
+    return [(f"GiB per {where}", "", f"{rows} rows of {base['sequence_len']:,} at a time, {dtype}"),
+            *parts, ("together", f"{sum(need(rows).values()) / 2**30:.2f}", verdict)]
+
+# %% ../nbs/15_launch.ipynb #cost-section
+def cost_section(overrides: dict[str, dict], hardware) -> list[tuple]:
+    """Rows about hours and dollars; evaluation, sampling and communication are left out."""
+    from nanochat_nb.model import GPT
+    from nanochat_nb.pretraining import MEASURED_MFU, PRICES
+    _, config, plan = planned(overrides)
+    with torch.device("meta"):
+        each = GPT(config).flops_per_token()
+    rate = hardware.flops(config.n_layer)
+    later = later_flops(overrides, plan.batch_tokens, each)
+    near = min(MEASURED_MFU, key=lambda depth: abs(depth - config.n_layer))
+    why = (f"{MEASURED_MFU[near]:.1%} MFU, measured on one H200 at depth {near}"
+           if hardware.is_gpu else "a core's rate measured on the laptop preset")
+    seconds = {name: flops / rate if rate else None
+               for name, flops in {"pretraining": each * plan.tokens, **later}.items()}
+    notes = {"pretraining": f"{why} (benchmarks/RESULTS.md)", "fine-tuning": "roughly",
+             "RL": "roughly, its arithmetic alone; sampling waits for memory and takes longer"}
+    out = [("Time", "", f"{hardware.count} × {hardware.name}; evaluations not counted"),
+           *((name, hours(s), notes[name]) for name, s in seconds.items())]
+    if hardware.is_gpu and rate:
+        spent = hardware.count * sum(seconds.values()) / 3600
+        price = PRICES.get(hardware.name)
+        out.append(("GPU-hours", f"{spent:.1f}", f"about ${spent * price:,.0f} at ${price:.2f} each "
+                    "(nanochat's README)" if price else "no price known here"))
+    return out
+
+# %% ../nbs/15_launch.ipynb #disk-section
+def disk_section(overrides: dict[str, dict]) -> list[tuple]:
+    """Rows about the disk, in GB, checkpoints of all three stages included."""
+    from nanochat_nb.pretraining import disk_plan, shards_needed
+    base, config, plan = planned(overrides)
+    parts = disk_plan(config, plan.tokens, text=base["text"], keep=base["keep"])
+    one = parts["checkpoints"] / (base["keep"] + 1)
+    kept = [stage_parameters(STEPS[name], overrides)["keep"] for name in ("base", "sft", "rl")]
+    parts["checkpoints"] = one * (sum(kept) + 1)
+    notes = {"checkpoints": f"{one / 1e9:.2f} GB each, {' + '.join(map(str, kept))} kept of base, "
+                            "sft, rl, and one being written"}
+    if parts["downloaded text"]:
+        notes["downloaded text"] = f"{shards_needed(plan.tokens)} shards, and one to validate on"
+    return [("Disk, GB", "", "text to pretrain on and checkpoints; other data not counted"), *((name, f"{n / 1e9:.2f}", notes.get(name, ""))
+                                    for name, n in parts.items() if n),
+            ("together", f"{sum(parts.values()) / 1e9:.2f}", "")]
+
+# %% ../nbs/15_launch.ipynb #plan-text
+def plan_text(overrides: dict[str, dict], hardware, processes: int) -> str:
+    """What a run would do and cost, as text; nothing is built, downloaded or trained."""
+    from nanochat_nb.pretraining import rules
+    base, config, plan = planned(overrides)
+    given = {k: base[k] for k in ("token_ratio", "steps", "total_batch_tokens")}
+    rows = [*work_section(overrides), *memory_section(overrides, hardware, processes),
+            *cost_section(overrides, hardware), *disk_section(overrides),
+            ("Rules", "", "where they come from"), *rules(config, plan, **given)]
+    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+
+    def line(name: str, value: str, note: str) -> str:
+        if value:
+            return f"  {name:{first}}  {value:>{second}}  {note}".rstrip()
+        return f"\n{name}" + (f" ({note})" if note else "")
+
+    return "\n".join(line(*row) for row in rows).strip()
+
 # %% ../nbs/15_launch.ipynb #arguments
 def arguments() -> argparse.ArgumentParser:
     """The parser of `python -m nanochat_nb.launch`."""
@@ -870,6 +1017,10 @@ def arguments() -> argparse.ArgumentParser:
                         dest="settings", help="override one parameter of one stage")
     parser.add_argument("--processes", type=int,
                         help="processes on this machine (default: one per GPU)")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what the run would do and cost, and stop")
+    parser.add_argument("--hardware", metavar="8xH100",
+                        help="with --plan: the devices to count on (default: this machine's)")
     parser.add_argument("--until", choices=list(STEPS), default="report",
                         help="stop after this step")
     return parser
@@ -900,6 +1051,20 @@ def where_to_compute(overrides: dict[str, dict]) -> str:
     return f"{device}" + (f" in {dtype}" if dtype else "")
 
 # %% ../nbs/15_launch.ipynb #main
+def print_plan(overrides: dict[str, dict], hardware: str | None, processes: int | None) -> None:
+    """Print `plan_text` for the named hardware or this machine. The checks of a run come first."""
+    from nanochat_nb.pretraining import parse_hardware, this_hardware
+    found = this_hardware() if hardware is None else parse_hardware(hardware)
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}")
+    if found.is_gpu and processes:
+        found = replace(found, count=processes)                    # a process has a GPU of its own
+    processes = processes or (found.count if found.is_gpu else 1)
+    check_names(overrides)
+    check_sizes(overrides, processes)
+    print(plan_text(overrides, found, processes))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. One line of error for what the user can mend."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -919,6 +1084,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = override(load_preset(args.preset or args.what), settings=settings, depth=args.depth,
                          text=_existing(args.text, "--text"),
                          conversations=_existing(args.conversations, "--conversations"))
+    if args.plan:
+        return print_plan(overrides, args.hardware, args.processes)
+    if args.hardware is not None:
+        raise UserError("--hardware goes with --plan; a run takes the devices that are there")
     run = run_path(args.run or Path(args.what).stem)
     processes = max(1, torch.cuda.device_count()) if args.processes is None else args.processes
     if processes < 1:
