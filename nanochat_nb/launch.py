@@ -13,10 +13,12 @@ import fcntl
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,15 +36,17 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
                                  nearest, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'Stage', 'Step', 'load_preset', 'check_overrides',
-           'parse_setting', 'override', 'check_files', 'planned', 'check_sizes', 'check_names', 'check_source',
-           'stage_parameters', 'content_hash', 'deciding', 'step_key', 'product_files', 'marker_path', 'read_marker',
-           'damage', 'identity', 'upstream', 'status', 'set_aside', 'begin', 'finish', 'tags', 'source',
-           'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports', 'use_atomic_saves',
-           'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage', 'without_errors',
-           'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons', 'check_exercises',
-           'refresh', 'later_flops', 'hours', 'work_section', 'memory_section', 'cost_section', 'disk_section',
-           'plan_text', 'arguments', 'where_to_compute', 'print_plan', 'main', 'command_line']
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage', 'Step',
+           'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned', 'check_sizes',
+           'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding', 'step_key', 'product_files',
+           'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside', 'begin', 'finish',
+           'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports',
+           'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage',
+           'without_errors', 'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons',
+           'check_exercises', 'refresh', 'later_flops', 'hours', 'work_section', 'memory_section', 'cost_section',
+           'disk_section', 'plan_text', 'series_overrides', 'share', 'with_enough_text', 'series_row', 'series_law',
+           'series_text', 'draw_series', 'series_arguments', 'miniseries', 'arguments', 'where_to_compute',
+           'print_plan', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -881,7 +885,8 @@ def later_flops(overrides: dict[str, dict], batch_tokens: int,
     questions = sum(ROUGH_ROWS[t][0] if t in ROUGH_ROWS else rl["examples"] for t in rl["tasks"])
     rounds = rl["steps"] or max(1, questions // rl["prompts_per_step"])
     answers = rounds * rl["prompts_per_step"] * rl["samples_per_prompt"] * rl["max_new_tokens"]
-    return {"fine-tuning": flops_per_token * (steps or sft["epochs"] * talk / (1 - sft["text_share"])),
+    tokens = steps or sft["epochs"] * talk / (1 - sft["text_share"])
+    return {"fine-tuning": flops_per_token * tokens,
             "RL": flops_per_token * answers * 4 / 3}     # writing costs a third of learning
 
 # %% ../nbs/15_launch.ipynb #work-section
@@ -956,8 +961,9 @@ def cost_section(overrides: dict[str, dict], hardware) -> list[tuple]:
     if hardware.is_gpu and rate:
         spent = hardware.count * sum(seconds.values()) / 3600
         price = PRICES.get(hardware.name)
-        out.append(("GPU-hours", f"{spent:.1f}", f"about ${spent * price:,.0f} at ${price:.2f} each "
-                    "(nanochat's README)" if price else "no price known here"))
+        dollars = (f"about ${spent * price:,.0f} at ${price:.2f} each (nanochat's README)" if price
+                   else "no price known here")
+        out.append(("GPU-hours", f"{spent:.1f}", dollars))
     return out
 
 # %% ../nbs/15_launch.ipynb #disk-section
@@ -973,8 +979,8 @@ def disk_section(overrides: dict[str, dict]) -> list[tuple]:
                             "sft, rl, and one being written"}
     if parts["downloaded text"]:
         notes["downloaded text"] = f"{shards_needed(plan.tokens)} shards, and one to validate on"
-    return [("Disk, GB", "", "text to pretrain on and checkpoints; other data not counted"), *((name, f"{n / 1e9:.2f}", notes.get(name, ""))
-                                    for name, n in parts.items() if n),
+    used = [(name, f"{n / 1e9:.2f}", notes.get(name, "")) for name, n in parts.items() if n]
+    return [("Disk, GB", "", "text to pretrain on and checkpoints; other data not counted"), *used,
             ("together", f"{sum(parts.values()) / 1e9:.2f}", "")]
 
 # %% ../nbs/15_launch.ipynb #plan-text
@@ -994,6 +1000,171 @@ def plan_text(overrides: dict[str, dict], hardware, processes: int) -> str:
         return f"\n{name}" + (f" ({note})" if note else "")
 
     return "\n".join(line(*row) for row in rows).strip()
+
+# %% ../nbs/15_launch.ipynb #series-overrides
+SERIES_DEPTHS = (2, 3, 4, 6, 8)
+SERIES_BASE = {"token_ratio": 0.1,     # what two cores have time for, at the larger depths
+               "eval_every": 0, "sample_every": 0, "keep": 1,
+               "eval_batches": 32}     # the differences are small: validate on more text
+
+
+def series_overrides(depths: Sequence[int], settings: Sequence[str] = ()) -> dict[int, dict]:
+    """For each depth, smallest first, the laptop preset with `SERIES_BASE` and `settings`.
+    Raises UserError for depths that cannot be meant."""
+    if any(setting.partition("=")[0] == "base.depth" for setting in settings):
+        raise UserError("a miniseries takes its depths from --depths, not from --set base.depth")
+    preset = load_preset("laptop")
+    preset["base"] = preset["base"] | SERIES_BASE
+    return {depth: override(preset, settings=[*settings, f"base.depth={depth}"])
+            for depth in sorted(set(depths))}
+
+# %% ../nbs/15_launch.ipynb #share
+def share(shared: Path, run: Path) -> None:
+    """Give a run the tokenizer of `shared`, as a finished step, and a link to its token shards."""
+    step = STEPS["tokenizer"]
+    if read_marker(run, step) != read_marker(shared, step) or damage(run, read_marker(run, step)):
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
+        shutil.copytree(shared / "tokenizer", run / "tokenizer")
+        write_json(marker_path(run, step), read_marker(shared, step))
+    (shared / "tokens").mkdir(exist_ok=True)
+    if not (run / "tokens").is_symlink():
+        (run / "tokens").symlink_to(Path("..", shared.name, "tokens"), target_is_directory=True)
+
+# %% ../nbs/15_launch.ipynb #with-enough-text
+def with_enough_text(series: dict[int, dict], shared: Path) -> dict[int, dict]:
+    """The series with one length of the embedded world for all, enough for the longest run
+    and never less than before: asking for fewer depths must change nothing."""
+    from nanochat_nb.pretraining import documents_needed
+    from nanochat_nb.tokenizer import Tokenizer
+    base = planned(next(iter(series.values())))[0]
+    if "world" not in base["text"] or base["documents"]:
+        return series
+    most = max(planned(values)[2].tokens for values in series.values())
+    count = documents_needed(Tokenizer.load(shared / "tokenizer"), most, seed=base["seed"])
+    known = shared / "documents.json"
+    count = max(count, json.loads(known.read_text("utf-8")) if known.exists() else 0)
+    write_json(known, count)
+    return {depth: values | {"base": values["base"] | {"documents": count}}
+            for depth, values in series.items()}
+
+# %% ../nbs/15_launch.ipynb #series-row
+def series_row(depth: int, run: Path) -> dict:
+    """What a finished run of a series says."""
+    summary = json.loads((run / "base" / "summary.json").read_text(encoding="utf-8"))
+    return {"depth": depth, "parameters": summary["plan"]["parameters"],
+            "tokens": summary["tokens"], "steps": summary["steps"], "flops": summary["flops"],
+            "bpb": summary["metrics"]["val_bpb"], "seconds": summary["seconds"]}
+
+
+def series_law(rows: list[dict]) -> dict | None:
+    """The power law of bits per byte over operations: its numbers, residuals, and the range of
+    exponents when one depth is left out. None where fewer than two depths differ, or nothing falls.
+    """
+    from nanochat_nb.pretraining import fit_power_law
+    spent, bpb = ([row[name] for row in rows] for name in ("flops", "bpb"))
+    if len(set(spent)) < 2 or bpb[spent.index(max(spent))] >= bpb[spent.index(min(spent))]:
+        return None
+    floor = len(set(spent)) >= 4
+    law = fit_power_law(spent, bpb, floor=floor)
+    without = [fit_power_law(spent[:i] + spent[i + 1:], bpb[:i] + bpb[i + 1:], floor=floor).exponent
+               for i in range(len(rows))] if len(rows) > 2 else []
+    return {"floor": law.floor, "scale": law.scale, "exponent": law.exponent, "at": law.at,
+            "residuals": [b - law(c) for c, b in zip(spent, bpb)],
+            "exponents_without_one": [min(without), max(without)] if without else None}
+
+# %% ../nbs/15_launch.ipynb #series-text
+def series_text(rows: list[dict], law: dict | None) -> str:
+    """The series as Markdown: a table, the law, and what the data do not say."""
+    off = law["residuals"] if law else [None] * len(rows)
+    lines = ["| depth | parameters that count | tokens | steps | FLOPs | bits per byte "
+             "| off the law | seconds |", "|---:" * 8 + "|"]
+    lines += [f"| {r['depth']} | {r['parameters']:,} | {r['tokens']:,} | {r['steps']:,} | "
+              f"{r['flops']:.2e} | {r['bpb']:.4f} | {'–' if o is None else f'{o:+.4f}'} | "
+              f"{r['seconds']:.0f} |" for r, o in zip(rows, off)]
+    said = "No law: one depth alone, or bits per byte that do not fall with the operations spent."
+    if law:
+        floor = f"{law['floor']:.3f} + " if len(rows) > 3 else ""
+        said = (f"bits per byte = {floor}{law['scale']:.3f} · (FLOPs / {law['at']:.2e})"
+                f"^-{law['exponent']:.3f}")
+        said += "" if floor else "; a floor needs four depths, this line falls to 0"
+        if law["exponents_without_one"]:
+            low, high = law["exponents_without_one"]
+            said += f". Without one depth the exponent is {low:.3f} to {high:.3f}"
+        said += "."
+    ratios = "The best number of tokens per parameter cannot be read from this: every depth was " \
+             "trained at one ratio, and it takes several at each budget."
+    return "\n".join(["# Miniseries", "", *lines, "", said, "", ratios, ""])
+
+# %% ../nbs/15_launch.ipynb #draw-series
+def draw_series(rows: list[dict], law: dict | None) -> bytes:
+    """A PNG: bits per byte over operations, each point with its depth, and the law."""
+    from matplotlib.figure import Figure
+    from nanochat_nb.pretraining import PowerLaw
+    from nanochat_nb.runtime import plot_style
+    plot_style()
+    figure = Figure(figsize=(6.4, 3.6))
+    ax = figure.subplots()
+    spent, bpb = ([row[name] for row in rows] for name in ("flops", "bpb"))
+    ax.plot(spent, bpb, "o")
+    for row in rows:
+        ax.annotate(f"d{row['depth']}", (row["flops"], row["bpb"]), xytext=(6, 4),
+                    textcoords="offset points")
+    if law:
+        curve = PowerLaw(*(law[k] for k in ("floor", "scale", "exponent", "at")))
+        x = [min(spent) * (max(spent) / min(spent)) ** (i / 99) for i in range(100)]
+        ax.plot(x, [curve(c) for c in x])
+    ax.set(xscale="log", xlabel="FLOPs of training", ylabel="bits per byte, held-out text")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+# %% ../nbs/15_launch.ipynb #miniseries
+def series_arguments() -> argparse.ArgumentParser:
+    """The parser of `run_all.sh miniseries`."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh miniseries", description="Train several depths on the laptop's corpus and "
+        "fit the scaling law. The default takes 30 to 40 minutes on two cores with bf16 and AMX; "
+        "depth 8 is three quarters of it. Again: skips what is finished.")
+    parser.add_argument("--depths", nargs="+", type=int, default=SERIES_DEPTHS, metavar="N",
+                        help="layers of each model (default: 2 3 4 6 8)")
+    parser.add_argument("--run", default="miniseries",
+                        help="name of the series; its folder is runs/NAME (default: miniseries)")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.PARAM=VALUE",
+                        dest="settings", help="override one parameter of the tokenizer or of base, "
+                        "as in base.token_ratio=0.2, or base.steps=140 for equal tokens")
+    return parser
+
+
+def miniseries(argv: Sequence[str]) -> None:
+    """Train the runs of a series that are not finished; print and save its table and its law."""
+    from nanochat_nb.model import GPT
+    from nanochat_nb.pretraining import this_hardware
+    args = series_arguments().parse_args(argv)
+    series, folder = series_overrides(args.depths, args.settings), run_path(args.run)
+    for depth, values in series.items():
+        check_names(values)
+        check_sizes(values, 1)
+    for depth, values in series.items():
+        _, config, plan = planned(values)
+        with torch.device("meta"):
+            flops = GPT(config).flops_per_token() * plan.tokens
+        rate = this_hardware().flops(depth)
+        print(f"depth {depth}: {plan.steps:,} steps of {plan.batch_tokens:,} tokens, about "
+              f"{hours(rate and flops / rate)}", flush=True)
+    with only_one(folder):
+        first = next(iter(series.values()))
+        launch(first, folder / "shared", title="miniseries", until="tokenizer")
+        for depth, values in with_enough_text(series, folder / "shared").items():
+            share(folder / "shared", folder / f"d{depth}")
+            print(f"depth {depth}", flush=True)
+            launch(values, folder / f"d{depth}", title="miniseries", until="base")
+        rows = [series_row(depth, folder / f"d{depth}") for depth in series]
+        law = series_law(rows)
+        write_json(folder / "miniseries.json", {"rows": rows, "law": law})
+        write_atomic(folder / "miniseries.md", series_text(rows, law))
+        write_atomic(folder / "miniseries.png", draw_series(rows, law))
+    print(series_text(rows, law))
+    print(f"Beside this table in {os.path.relpath(folder)}: miniseries.png and miniseries.json")
 
 # %% ../nbs/15_launch.ipynb #arguments
 def arguments() -> argparse.ArgumentParser:
@@ -1070,6 +1241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["refresh"]:
         return refresh(given[1:])
+    if given[:1] == ["miniseries"]:
+        check_exports()
+        return miniseries(given[1:])
     args = arguments().parse_args(given)
     if args.what in STEPS:                                             # one step, on this rank
         die_with_parent()

@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -40,7 +41,7 @@ __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPON
            'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet',
            'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of',
            'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan',
-           'rules']
+           'rules', 'PowerLaw', 'fit_power_law']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -663,7 +664,8 @@ def kept_bytes(config: GPTConfig, *, rows: int, dtype: torch.dtype = torch.bfloa
             "weights in bfloat16": blocks if item < 4 else 0}
     kept = {name: item * numbers for name, numbers in kept.items()}
     kept["stream and norms"] += 8 * tokens                                     # the ids themselves
-    kept["attention"] += 4 * tokens * layers * config.n_head if gpu else item * _shares(config, rows)
+    kept["attention"] += (4 * tokens * layers * config.n_head if gpu else
+                          item * _shares(config, rows))
     return kept
 
 
@@ -683,18 +685,22 @@ def memory_plan(config: GPTConfig, *, rows: int, world_size: int = 1,
     That moment is the end of a micro-batch of `rows` rows with gradients of earlier ones there.
     Activations are 5% too low on a GPU (two measurements); a process's own memory is left out.
     """
-    slice_rows = min(rows * config.sequence_len, max(1, 2**(28 if gpu else 22) // config.vocab_size))
+    vocab = config.vocab_size
+    slice_rows = min(rows * config.sequence_len, max(1, 2**(28 if gpu else 22) // vocab))
     # a CPU also holds wide copies of the logits: tanh, its exponential, a square
-    logits = slice_rows * config.vocab_size * (2 * dtype.itemsize + (0 if gpu else 12))
-    return standing_bytes(config, world_size=world_size) | kept_bytes(
-        config, rows=rows, dtype=dtype, gpu=gpu) | {"loss": logits + 4 * config.vocab_size * config.n_embd}
+    logits = slice_rows * vocab * (2 * dtype.itemsize + (0 if gpu else 12))
+    kept = kept_bytes(config, rows=rows, dtype=dtype, gpu=gpu)
+    return (standing_bytes(config, world_size=world_size) | kept
+            | {"loss": logits + 4 * vocab * config.n_embd})
 
 # %% ../nbs/11_pretraining.ipynb #hardware
-GPU_GIB = {"B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 80, "L40S": 48,
-           "L40": 48, "L4": 24, "A10": 24, "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "T4": 16}
+GPU_GIB = {"B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 80,
+           "L40S": 48, "L40": 48, "L4": 24, "A10": 24, "RTX 5090": 32, "RTX 4090": 24,
+           "RTX 3090": 24, "T4": 16}                         # data sheets
 MEASURED_MFU = {12: 0.435, 20: 0.488}        # by depth: one H200, bf16 (benchmarks/RESULTS.md)
-CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 87e9, "CPU-FP32": 37e9}    # reached on a core: with AMX, with
-PRICES = {"H100": 3.0}                # bf16, without either. Dollars per GPU-hour: nanochat's README
+# reached on each of two cores by the laptop preset (there): with AMX; with bf16 alone; with neither
+CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 87e9, "CPU-FP32": 37e9}
+PRICES = {"H100": 3.0}                       # dollars per GPU-hour: nanochat's README
 
 
 @dataclass(frozen=True)
@@ -773,10 +779,49 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
          by_hand + "steps × batch" if steps else "token_ratio; tokens ∝ parameters (Chinchilla, "
          "arXiv 2203.15556); nanochat's fits say 10.5 (dev/LOG.md)"),
         ("batch, tokens", f"{plan.batch_tokens:,}",
-         (by_hand if total_batch_tokens else "") + "∝ tokens^0.383 (Power Lines, arXiv 2505.13738)"),
+         by_hand * (total_batch_tokens > 0) + "∝ tokens^0.383 (Power Lines, arXiv 2505.13738)"),
         ("learning rates", f"× {plan.lr_scale:.3f}: Muon {rates['matrix_lr']:.4f}",
          "∝ √batch (nanochat); short runs more, ∝ tokens^-0.32 (arXiv 2409.19913), up to × 1"),
         ("weight decay", f"{plan.weight_decay:.4f}",
          "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
         ("warmup, steps", f"{plan.warmup_steps}", "40, at most a tenth of the run (nanochat)"),
     ]
+
+# %% ../nbs/11_pretraining.ipynb #power-law
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = floor + scale · (x / at)^-exponent."""
+    floor: float
+    scale: float               # y above the floor where x = at
+    exponent: float
+    at: float                  # the geometric mean of the x it was fitted to
+
+    def __call__(self, x: float) -> float:
+        return self.floor + self.scale * (x / self.at) ** -self.exponent
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float], *, floor: bool = True) -> PowerLaw:
+    """The power law with the least relative squared error; without `floor` it falls to 0.
+
+    x and y are positive. Raises UserError for fewer different x than the law has free numbers.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(set(x)) < (3 if floor else 2):
+        raise UserError(f"{len(set(x))} different sizes are too few for a power law"
+                        + " with a floor" * floor)
+    at = math.exp(np.log(x).mean())
+
+    def with_exponent(exponent: float) -> tuple[float, PowerLaw]:
+        shape = (x / at) ** -exponent / y
+        bottom, scale = np.linalg.lstsq(np.stack([1 / y, shape], 1), np.ones(len(x)), rcond=None)[0]
+        if not floor or bottom < 0:
+            bottom, scale = 0.0, shape.sum() / (shape @ shape)
+        law = PowerLaw(float(bottom), float(scale), float(exponent), at)
+        return float(((law(x) / y - 1) ** 2).sum()), law
+
+    grid = np.geomspace(1e-3, 10, 100)
+    for _ in range(12):                                    # ever closer around the best so far
+        best = min(range(len(grid)), key=lambda i: with_exponent(grid[i])[0])
+        around = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+        grid = np.linspace(*around, 20)
+    return min((with_exponent(exponent) for exponent in grid), key=lambda found: found[0])[1]
