@@ -17,7 +17,10 @@ Train a small ChatGPT from text to chat, on a laptop or on eight GPUs.
       --data FOLDER                evaluate on CORE, MMLU, ARC, GSM8K, HumanEval when their files are there
       --set STAGE.PARAM=VALUE      override one parameter of one stage (tokenizer, base, sft, rl, eval, report)
       --processes N                processes on this machine                       (default: one per GPU)
+      --plan [--hardware 8xH100]   train nothing: print parameters, memory, hours, dollars, disk, and the rules' origins
       --until STEP                 stop early: tokenizer, base, eval-base, sft, eval-sft, rl, eval-rl
+  bash run_all.sh miniseries       train depths 2 3 4 6 8 on the laptop's corpus and fit the scaling law, with a picture;
+                                   30 to 40 minutes on 2 cores with bf16 and AMX; resumes   [--depths 2 4] [--set …] [--run NAME]
   bash run_all.sh chat             talk to the trained model in the browser   [--run NAME] [--port 8866]
   bash run_all.sh lab              open the course in JupyterLab
   bash run_all.sh book             build the course as a web site in _book/

@@ -13,10 +13,12 @@ import fcntl
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,14 +36,17 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
                                  nearest, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'Stage', 'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override',
-           'check_files', 'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding',
-           'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status',
-           'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
-           'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee',
-           'keep_earlier', 'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path',
-           'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'arguments', 'where_to_compute',
-           'main', 'command_line']
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage', 'Step',
+           'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned', 'check_sizes',
+           'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding', 'step_key', 'product_files',
+           'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside', 'begin', 'finish',
+           'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports',
+           'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage',
+           'without_errors', 'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons',
+           'check_exercises', 'refresh', 'later_flops', 'hours', 'work_section', 'memory_section', 'cost_section',
+           'disk_section', 'plan_text', 'series_overrides', 'share', 'with_enough_text', 'series_row', 'series_law',
+           'series_text', 'draw_series', 'series_arguments', 'miniseries', 'arguments', 'where_to_compute',
+           'print_plan', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -206,12 +211,13 @@ def check_files(overrides: dict[str, dict]) -> None:
             pass
 
 # %% ../nbs/15_launch.ipynb #check-sizes
-def check_sizes(overrides: dict[str, dict], processes: int) -> None:
-    """Raise UserError for sizes that cannot be trained:
-    a batch that does not divide over the ranks, ratio 0, …"""
+def planned(overrides: dict[str, dict]):
+    """Pretraining's parameters, the config of its model and its `Plan`, of which nothing is built.
+
+    Raises UserError for sizes that cannot be meant: no layers, ratio 0, a negative count.
+    """
     from nanochat_nb.model import GPTConfig
-    from nanochat_nb.pretraining import check_rows, plan_base
-    from nanochat_nb.rl import check_rl
+    from nanochat_nb.pretraining import plan_base
     from nanochat_nb.tokenizer import check_vocab_size
     base = stage_parameters(STEPS["base"], overrides)
     if base["depth"] < 1:
@@ -221,8 +227,16 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     config = GPTConfig.from_depth(
         base["depth"], vocab_size=vocab_size,
         **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
-    plan = plan_base(config,
-                     **{k: base[k] for k in inspect.signature(plan_base).parameters if k in base})
+    known = inspect.signature(plan_base).parameters
+    return base, config, plan_base(config, **{k: base[k] for k in known if k in base})
+
+
+def check_sizes(overrides: dict[str, dict], processes: int) -> None:
+    """Raise UserError for sizes that cannot be trained:
+    a batch that does not divide over the ranks, ratio 0, …"""
+    from nanochat_nb.pretraining import check_rows
+    from nanochat_nb.rl import check_rl
+    base, _, plan = planned(overrides)
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
     check_rl(stage_parameters(STEPS["rl"], overrides),
              Runtime(torch.device("cpu"), torch.float32, 0, processes))
@@ -848,6 +862,310 @@ def refresh(numbers: Sequence[str] = ()) -> None:
         changed = "outputs changed" if path.read_bytes() != before else "as before"
         print(f"{path.name}: {changed}, {time.monotonic() - start:.0f} s", flush=True)
 
+# %% ../nbs/15_launch.ipynb #later-flops
+ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200)}
+TALK_TOKENS = 50                          # of an embedded conversation; above: (rows, tokens a row)
+
+
+def later_flops(overrides: dict[str, dict], batch_tokens: int,
+                flops_per_token: float) -> dict[str, float]:
+    """Roughly the operations of fine-tuning and RL, which the data decide.
+    Own conversations count as short."""
+    from nanochat_nb.corpus import read_conversations
+    sft, rl = (stage_parameters(STEPS[name], overrides) for name in ("sft", "rl"))
+
+    def size(task: str) -> int:
+        rows, tokens = ROUGH_ROWS.get(task, (sft["examples"], TALK_TOKENS))
+        return rows * tokens
+
+    own = sum(1 for path in sft["conversations"] for _ in read_conversations(path))
+    talk = (sum(factor * size(task) for task, factor in sft["mixture"].items())
+            + own * sft["conversation_epochs"] * TALK_TOKENS)
+    steps = sft["steps"] * (sft["total_batch_tokens"] or batch_tokens)
+    questions = sum(ROUGH_ROWS[t][0] if t in ROUGH_ROWS else rl["examples"] for t in rl["tasks"])
+    rounds = rl["steps"] or max(1, questions // rl["prompts_per_step"])
+    answers = rounds * rl["prompts_per_step"] * rl["samples_per_prompt"] * rl["max_new_tokens"]
+    tokens = steps or sft["epochs"] * talk / (1 - sft["text_share"])
+    return {"fine-tuning": flops_per_token * tokens,
+            "RL": flops_per_token * answers * 4 / 3}     # writing costs a third of learning
+
+# %% ../nbs/15_launch.ipynb #work-section
+def hours(seconds: float | None) -> str:
+    """A time in words: "41 s", "13 min", "2.1 h"."""
+    if seconds is None:
+        return "unknown"
+    return (f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            if seconds < 6000 else f"{seconds / 3600:.1f} h")
+
+
+def work_section(overrides: dict[str, dict]) -> list[tuple]:
+    """Rows about the model and its pretraining: parameters by group, tokens, steps, operations."""
+    from nanochat_nb.model import GPT
+    base, config, plan = planned(overrides)
+    with torch.device("meta"):
+        model = GPT(config)
+    each = model.flops_per_token()
+    counts = [(name, f"{n:,}", "") for name, n in model.parameter_counts().items()]
+    return [("Parameters", "", f"{config.n_layer} layers of width {config.n_embd}"), *counts,
+            ("Pretraining", "", ""), ("tokens", f"{plan.tokens:,}", ""),
+            ("steps", f"{plan.steps:,}", f"of {plan.batch_tokens:,} tokens"),
+            ("FLOPs", f"{each * plan.tokens:.2e}", f"{each:,} per token")]
+
+# %% ../nbs/15_launch.ipynb #memory-section
+def memory_section(overrides: dict[str, dict], hardware, processes: int) -> list[tuple]:
+    """Rows about memory in GiB, and whether it fits; if not, with which micro-batch it would."""
+    from nanochat_nb.pretraining import memory_plan
+    base, config, plan = planned(overrides)
+    rows = min(base["micro_batch_rows"], plan.batch_tokens // base["sequence_len"] // processes)
+    dtype = base["dtype"] or ("float32" if hardware.name in ("CPU-FP32", "T4") else "bfloat16")
+
+    def need(rows: int) -> dict[str, int]:
+        return memory_plan(config, rows=rows, world_size=processes, dtype=getattr(torch, dtype),
+                           gpu=hardware.is_gpu)
+
+    room = 0.9 * hardware.memory / (1 if hardware.is_gpu else processes)
+    verdict = f"does not fit into {hardware.memory / 2**30:.0f}, less a tenth"
+    if not room:
+        verdict = "the memory of this device is not known"
+    elif sum(need(rows).values()) <= room:
+        verdict = f"fits into {hardware.memory / 2**30:.0f}, less a tenth"
+    else:
+        fitting = [n for n in (2**i for i in range(9, -1, -1))
+                   if n < rows and sum(need(n).values()) <= room]
+        verdict += (f"; try --set base.micro_batch_rows={fitting[0]}" if fitting else
+                    ", not even one row at a time; take a smaller --depth")
+    where = "GPU" if hardware.is_gpu else "process"
+    parts = [(name, f"{n / 2**30:.2f}", "") for name, n in need(rows).items()]
+    return [(f"GiB per {where}", "", f"{rows} rows of {base['sequence_len']:,} at a time, {dtype}"),
+            *parts, ("together", f"{sum(need(rows).values()) / 2**30:.2f}", verdict)]
+
+# %% ../nbs/15_launch.ipynb #cost-section
+def cost_section(overrides: dict[str, dict], hardware) -> list[tuple]:
+    """Rows about hours and dollars; evaluation, sampling and communication are left out."""
+    from nanochat_nb.model import GPT
+    from nanochat_nb.pretraining import MEASURED_MFU, PRICES
+    _, config, plan = planned(overrides)
+    with torch.device("meta"):
+        each = GPT(config).flops_per_token()
+    rate = hardware.flops(config.n_layer)
+    later = later_flops(overrides, plan.batch_tokens, each)
+    near = min(MEASURED_MFU, key=lambda depth: abs(depth - config.n_layer))
+    why = (f"{MEASURED_MFU[near]:.1%} MFU, measured on one H200 at depth {near}"
+           if hardware.is_gpu else "a core's rate measured on the laptop preset")
+    seconds = {name: flops / rate if rate else None
+               for name, flops in {"pretraining": each * plan.tokens, **later}.items()}
+    notes = {"pretraining": f"{why} (benchmarks/RESULTS.md)", "fine-tuning": "roughly",
+             "RL": "roughly, its arithmetic alone; sampling waits for memory and takes longer"}
+    out = [("Time", "", f"{hardware.count} × {hardware.name}; evaluations not counted"),
+           *((name, hours(s), notes[name]) for name, s in seconds.items())]
+    if hardware.is_gpu and rate:
+        spent = hardware.count * sum(seconds.values()) / 3600
+        price = PRICES.get(hardware.name)
+        dollars = (f"about ${spent * price:,.0f} at ${price:.2f} each (nanochat's README)" if price
+                   else "no price known here")
+        out.append(("GPU-hours", f"{spent:.1f}", dollars))
+    return out
+
+# %% ../nbs/15_launch.ipynb #disk-section
+def disk_section(overrides: dict[str, dict]) -> list[tuple]:
+    """Rows about the disk, in GB, checkpoints of all three stages included."""
+    from nanochat_nb.pretraining import disk_plan, shards_needed
+    base, config, plan = planned(overrides)
+    parts = disk_plan(config, plan.tokens, text=base["text"], keep=base["keep"])
+    one = parts["checkpoints"] / (base["keep"] + 1)
+    kept = [stage_parameters(STEPS[name], overrides)["keep"] for name in ("base", "sft", "rl")]
+    parts["checkpoints"] = one * (sum(kept) + 1)
+    notes = {"checkpoints": f"{one / 1e9:.2f} GB each, {' + '.join(map(str, kept))} kept of base, "
+                            "sft, rl, and one being written"}
+    if parts["downloaded text"]:
+        notes["downloaded text"] = f"{shards_needed(plan.tokens)} shards, and one to validate on"
+    used = [(name, f"{n / 1e9:.2f}", notes.get(name, "")) for name, n in parts.items() if n]
+    return [("Disk, GB", "", "text to pretrain on and checkpoints; other data not counted"), *used,
+            ("together", f"{sum(parts.values()) / 1e9:.2f}", "")]
+
+# %% ../nbs/15_launch.ipynb #plan-text
+def plan_text(overrides: dict[str, dict], hardware, processes: int) -> str:
+    """What a run would do and cost, as text; nothing is built, downloaded or trained."""
+    from nanochat_nb.pretraining import rules
+    base, config, plan = planned(overrides)
+    given = {k: base[k] for k in ("token_ratio", "steps", "total_batch_tokens")}
+    rows = [*work_section(overrides), *memory_section(overrides, hardware, processes),
+            *cost_section(overrides, hardware), *disk_section(overrides),
+            ("Rules", "", "where they come from"), *rules(config, plan, **given)]
+    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+
+    def line(name: str, value: str, note: str) -> str:
+        if value:
+            return f"  {name:{first}}  {value:>{second}}  {note}".rstrip()
+        return f"\n{name}" + (f" ({note})" if note else "")
+
+    return "\n".join(line(*row) for row in rows).strip()
+
+# %% ../nbs/15_launch.ipynb #series-overrides
+SERIES_DEPTHS = (2, 3, 4, 6, 8)
+SERIES_BASE = {"token_ratio": 0.1,     # what two cores have time for, at the larger depths
+               "eval_every": 0, "sample_every": 0, "keep": 1,
+               "eval_batches": 32}     # the differences are small: validate on more text
+
+
+def series_overrides(depths: Sequence[int], settings: Sequence[str] = ()) -> dict[int, dict]:
+    """For each depth, smallest first, the laptop preset with `SERIES_BASE` and `settings`.
+    Raises UserError for depths that cannot be meant."""
+    if any(setting.partition("=")[0] == "base.depth" for setting in settings):
+        raise UserError("a miniseries takes its depths from --depths, not from --set base.depth")
+    preset = load_preset("laptop")
+    preset["base"] = preset["base"] | SERIES_BASE
+    return {depth: override(preset, settings=[*settings, f"base.depth={depth}"])
+            for depth in sorted(set(depths))}
+
+# %% ../nbs/15_launch.ipynb #share
+def share(shared: Path, run: Path) -> None:
+    """Give a run the tokenizer of `shared`, as a finished step, and a link to its token shards."""
+    step = STEPS["tokenizer"]
+    if read_marker(run, step) != read_marker(shared, step) or damage(run, read_marker(run, step)):
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
+        shutil.copytree(shared / "tokenizer", run / "tokenizer")
+        write_json(marker_path(run, step), read_marker(shared, step))
+    (shared / "tokens").mkdir(exist_ok=True)
+    if not (run / "tokens").is_symlink():
+        (run / "tokens").symlink_to(Path("..", shared.name, "tokens"), target_is_directory=True)
+
+# %% ../nbs/15_launch.ipynb #with-enough-text
+def with_enough_text(series: dict[int, dict], shared: Path) -> dict[int, dict]:
+    """The series with one length of the embedded world for all, enough for the longest run
+    and never less than before: asking for fewer depths must change nothing."""
+    from nanochat_nb.pretraining import documents_needed
+    from nanochat_nb.tokenizer import Tokenizer
+    base = planned(next(iter(series.values())))[0]
+    if "world" not in base["text"] or base["documents"]:
+        return series
+    most = max(planned(values)[2].tokens for values in series.values())
+    count = documents_needed(Tokenizer.load(shared / "tokenizer"), most, seed=base["seed"])
+    known = shared / "documents.json"
+    count = max(count, json.loads(known.read_text("utf-8")) if known.exists() else 0)
+    write_json(known, count)
+    return {depth: values | {"base": values["base"] | {"documents": count}}
+            for depth, values in series.items()}
+
+# %% ../nbs/15_launch.ipynb #series-row
+def series_row(depth: int, run: Path) -> dict:
+    """What a finished run of a series says."""
+    summary = json.loads((run / "base" / "summary.json").read_text(encoding="utf-8"))
+    return {"depth": depth, "parameters": summary["plan"]["parameters"],
+            "tokens": summary["tokens"], "steps": summary["steps"], "flops": summary["flops"],
+            "bpb": summary["metrics"]["val_bpb"], "seconds": summary["seconds"]}
+
+
+def series_law(rows: list[dict]) -> dict | None:
+    """The power law of bits per byte over operations: its numbers, residuals, and the range of
+    exponents when one depth is left out. None where fewer than two depths differ, or nothing falls.
+    """
+    from nanochat_nb.pretraining import fit_power_law
+    spent, bpb = ([row[name] for row in rows] for name in ("flops", "bpb"))
+    if len(set(spent)) < 2 or bpb[spent.index(max(spent))] >= bpb[spent.index(min(spent))]:
+        return None
+    floor = len(set(spent)) >= 4
+    law = fit_power_law(spent, bpb, floor=floor)
+    without = [fit_power_law(spent[:i] + spent[i + 1:], bpb[:i] + bpb[i + 1:], floor=floor).exponent
+               for i in range(len(rows))] if len(rows) > 2 else []
+    return {"floor": law.floor, "scale": law.scale, "exponent": law.exponent, "at": law.at,
+            "residuals": [b - law(c) for c, b in zip(spent, bpb)],
+            "exponents_without_one": [min(without), max(without)] if without else None}
+
+# %% ../nbs/15_launch.ipynb #series-text
+def series_text(rows: list[dict], law: dict | None) -> str:
+    """The series as Markdown: a table, the law, and what the data do not say."""
+    off = law["residuals"] if law else [None] * len(rows)
+    lines = ["| depth | parameters that count | tokens | steps | FLOPs | bits per byte "
+             "| off the law | seconds |", "|---:" * 8 + "|"]
+    lines += [f"| {r['depth']} | {r['parameters']:,} | {r['tokens']:,} | {r['steps']:,} | "
+              f"{r['flops']:.2e} | {r['bpb']:.4f} | {'–' if o is None else f'{o:+.4f}'} | "
+              f"{r['seconds']:.0f} |" for r, o in zip(rows, off)]
+    said = "No law: one depth alone, or bits per byte that do not fall with the operations spent."
+    if law:
+        floor = f"{law['floor']:.3f} + " if len(rows) > 3 else ""
+        said = (f"bits per byte = {floor}{law['scale']:.3f} · (FLOPs / {law['at']:.2e})"
+                f"^-{law['exponent']:.3f}")
+        said += "" if floor else "; a floor needs four depths, this line falls to 0"
+        if law["exponents_without_one"]:
+            low, high = law["exponents_without_one"]
+            said += f". Without one depth the exponent is {low:.3f} to {high:.3f}"
+        said += "."
+    ratios = "The best number of tokens per parameter cannot be read from this: every depth was " \
+             "trained at one ratio, and it takes several at each budget."
+    return "\n".join(["# Miniseries", "", *lines, "", said, "", ratios, ""])
+
+# %% ../nbs/15_launch.ipynb #draw-series
+def draw_series(rows: list[dict], law: dict | None) -> bytes:
+    """A PNG: bits per byte over operations, each point with its depth, and the law."""
+    from matplotlib.figure import Figure
+    from nanochat_nb.pretraining import PowerLaw
+    from nanochat_nb.runtime import plot_style
+    plot_style()
+    figure = Figure(figsize=(6.4, 3.6))
+    ax = figure.subplots()
+    spent, bpb = ([row[name] for row in rows] for name in ("flops", "bpb"))
+    ax.plot(spent, bpb, "o")
+    for row in rows:
+        ax.annotate(f"d{row['depth']}", (row["flops"], row["bpb"]), xytext=(6, 4),
+                    textcoords="offset points")
+    if law:
+        curve = PowerLaw(*(law[k] for k in ("floor", "scale", "exponent", "at")))
+        x = [min(spent) * (max(spent) / min(spent)) ** (i / 99) for i in range(100)]
+        ax.plot(x, [curve(c) for c in x])
+    ax.set(xscale="log", xlabel="FLOPs of training", ylabel="bits per byte, held-out text")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+# %% ../nbs/15_launch.ipynb #miniseries
+def series_arguments() -> argparse.ArgumentParser:
+    """The parser of `run_all.sh miniseries`."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh miniseries", description="Train several depths on the laptop's corpus and "
+        "fit the scaling law. The default takes 30 to 40 minutes on two cores with bf16 and AMX; "
+        "depth 8 is three quarters of it. Again: skips what is finished.")
+    parser.add_argument("--depths", nargs="+", type=int, default=SERIES_DEPTHS, metavar="N",
+                        help="layers of each model (default: 2 3 4 6 8)")
+    parser.add_argument("--run", default="miniseries",
+                        help="name of the series; its folder is runs/NAME (default: miniseries)")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.PARAM=VALUE",
+                        dest="settings", help="override one parameter of the tokenizer or of base, "
+                        "as in base.token_ratio=0.2, or base.steps=140 for equal tokens")
+    return parser
+
+
+def miniseries(argv: Sequence[str]) -> None:
+    """Train the runs of a series that are not finished; print and save its table and its law."""
+    from nanochat_nb.model import GPT
+    from nanochat_nb.pretraining import this_hardware
+    args = series_arguments().parse_args(argv)
+    series, folder = series_overrides(args.depths, args.settings), run_path(args.run)
+    for depth, values in series.items():
+        check_names(values)
+        check_sizes(values, 1)
+    for depth, values in series.items():
+        _, config, plan = planned(values)
+        with torch.device("meta"):
+            flops = GPT(config).flops_per_token() * plan.tokens
+        rate = this_hardware().flops(depth)
+        print(f"depth {depth}: {plan.steps:,} steps of {plan.batch_tokens:,} tokens, about "
+              f"{hours(rate and flops / rate)}", flush=True)
+    with only_one(folder):
+        first = next(iter(series.values()))
+        launch(first, folder / "shared", title="miniseries", until="tokenizer")
+        for depth, values in with_enough_text(series, folder / "shared").items():
+            share(folder / "shared", folder / f"d{depth}")
+            print(f"depth {depth}", flush=True)
+            launch(values, folder / f"d{depth}", title="miniseries", until="base")
+        rows = [series_row(depth, folder / f"d{depth}") for depth in series]
+        law = series_law(rows)
+        write_json(folder / "miniseries.json", {"rows": rows, "law": law})
+        write_atomic(folder / "miniseries.md", series_text(rows, law))
+        write_atomic(folder / "miniseries.png", draw_series(rows, law))
+    print(series_text(rows, law))
+    print(f"Beside this table in {os.path.relpath(folder)}: miniseries.png and miniseries.json")
+
 # %% ../nbs/15_launch.ipynb #arguments
 def arguments() -> argparse.ArgumentParser:
     """The parser of `python -m nanochat_nb.launch`."""
@@ -870,6 +1188,10 @@ def arguments() -> argparse.ArgumentParser:
                         dest="settings", help="override one parameter of one stage")
     parser.add_argument("--processes", type=int,
                         help="processes on this machine (default: one per GPU)")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what the run would do and cost, and stop")
+    parser.add_argument("--hardware", metavar="8xH100",
+                        help="with --plan: the devices to count on (default: this machine's)")
     parser.add_argument("--until", choices=list(STEPS), default="report",
                         help="stop after this step")
     return parser
@@ -900,11 +1222,28 @@ def where_to_compute(overrides: dict[str, dict]) -> str:
     return f"{device}" + (f" in {dtype}" if dtype else "")
 
 # %% ../nbs/15_launch.ipynb #main
+def print_plan(overrides: dict[str, dict], hardware: str | None, processes: int | None) -> None:
+    """Print `plan_text` for the named hardware or this machine. The checks of a run come first."""
+    from nanochat_nb.pretraining import parse_hardware, this_hardware
+    found = this_hardware() if hardware is None else parse_hardware(hardware)
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}")
+    if found.is_gpu and processes:
+        found = replace(found, count=processes)                    # a process has a GPU of its own
+    processes = processes or (found.count if found.is_gpu else 1)
+    check_names(overrides)
+    check_sizes(overrides, processes)
+    print(plan_text(overrides, found, processes))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. One line of error for what the user can mend."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["refresh"]:
         return refresh(given[1:])
+    if given[:1] == ["miniseries"]:
+        check_exports()
+        return miniseries(given[1:])
     args = arguments().parse_args(given)
     if args.what in STEPS:                                             # one step, on this rank
         die_with_parent()
@@ -919,6 +1258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = override(load_preset(args.preset or args.what), settings=settings, depth=args.depth,
                          text=_existing(args.text, "--text"),
                          conversations=_existing(args.conversations, "--conversations"))
+    if args.plan:
+        return print_plan(overrides, args.hardware, args.processes)
+    if args.hardware is not None:
+        raise UserError("--hardware goes with --plan; a run takes the devices that are there")
     run = run_path(args.run or Path(args.what).stem)
     processes = max(1, torch.cuda.device_count()) if args.processes is None else args.processes
     if processes < 1:

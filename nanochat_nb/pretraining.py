@@ -6,37 +6,42 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .corpus import open_text
+from .corpus import HUB_CORPORA, open_text
 from .evaluation import bits_per_byte
 from .inference import Engine
 from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
-from .model import GPT, GPTConfig, train_in_fp8
+from .model import GPT, GPTConfig, key_blocks, train_in_fp8
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes,
-                                 progress, run_folder, start_runtime, write_json)
+from .runtime import (MetricsLog, Runtime, UserError, fast_dtype, keep_memory, nearest,
+                                 peak_memory_bytes, progress, run_folder, start_runtime, write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
-           'UNIMPORTANT', 'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base',
-           'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps',
-           'save', 'due', 'stop', 'update', 'finish', 'documents_needed', 'on_rank_zero', 'prepare_tokens',
-           'check_rows', 'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts',
-           'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates',
-           'data_sheet', 'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
+           'UNIMPORTANT', 'PEAK_FLOPS', 'GPU_GIB', 'MEASURED_MFU', 'CPU_FLOPS', 'PRICES', 'SHARD_MB',
+           'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
+           'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps', 'save', 'due', 'stop', 'update',
+           'finish', 'shards_needed', 'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows',
+           'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts',
+           'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet',
+           'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of',
+           'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan',
+           'rules', 'PowerLaw', 'fit_power_law']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -317,6 +322,11 @@ def finish(loop: TrainingLoop, metrics: dict, parameters: dict, **extra) -> dict
 SHARD_TOKENS = 45_000_000      # a shard of a downloaded corpus gives at least so many
 
 
+def shards_needed(tokens: int) -> int:
+    """How many shards of a downloaded corpus give `tokens` tokens (and 5% more)."""
+    return math.ceil(1.05 * tokens / SHARD_TOKENS)
+
+
 def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: int = 256) -> int:
     """How many documents of the embedded world give `tokens` tokens (and 5% more),
     judged by `sample` of them."""
@@ -353,8 +363,7 @@ def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], docum
         count = documents
         if "world" in text and not documents:
             count = documents_needed(tokenizer, tokens, seed=seed)
-        source = open_text(text, documents=count, seed=seed,
-                           shards=math.ceil(1.05 * tokens / SHARD_TOKENS))
+        source = open_text(text, documents=count, seed=seed, shards=shards_needed(tokens))
         for split in ("train", "val"):
             write_shards(source.documents(split), tokenizer, folder / split,
                          source=f"{split} {source.fingerprint()}")
@@ -612,3 +621,207 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
                         save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
                         meta=made_by | {"config": asdict(config), "plan": asdict(plan)})
     return pretrain(loop, plan, compiled(model, rt, compile), tokenizer, train, val, p)
+
+# %% ../nbs/11_pretraining.ipynb #standing-bytes
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all tensors together, of those without memory what they would take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def standing_bytes(config: GPTConfig, *, world_size: int = 1) -> dict[str, int]:
+    """Bytes that lie on a rank during all of training: weights, gradients, optimizer state.
+
+    The state is the first rank's share, which no other's exceeds. Allocates nothing.
+    """
+    with torch.device("meta"):
+        model = GPT(config, dtype=torch.float32)
+    rt = Runtime(torch.device("cpu"), torch.float32, 0, world_size)
+    stacks = build_optimizer(model, rt=rt).stacks
+    weights = bytes_of(model.parameters())
+    return {"weights": weights, "gradients": weights,
+            "optimizer state": sum(bytes_of(stack.state.values()) for stack in stacks)}
+
+# %% ../nbs/11_pretraining.ipynb #kept-bytes
+def kept_bytes(config: GPTConfig, *, rows: int, dtype: torch.dtype = torch.bfloat16,
+               gpu: bool = True) -> dict[str, int]:
+    """Bytes that the forward pass of `rows` training rows keeps for the backward pass, by kind.
+
+    Computed in `dtype`. Counted from the operations of notebook 04 one by one; a compiler may keep
+    others.
+    """
+    with torch.device("meta"):
+        model = GPT(config, dtype=dtype)
+    tokens, item, layers = rows * config.sequence_len, dtype.itemsize, config.n_layer
+    width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
+    heads, gated = config.n_head + config.n_kv_head, len(config.value_embed_layers)
+    ends = 4 + (layers <= 2)               # embedding, its shift, last norm, loss; the middle layer
+    blocks = sum(weight.numel() for name, weight in model.named_parameters()
+                 if name.startswith("blocks."))
+    kept = {"stream and norms": tokens * (layers * (3 * width + 2) + ends * width + 5),
+            "attention": tokens * layers * (6 * width + kv_width + heads),
+            "value embeddings": tokens * gated * (kv_width + 2 * config.n_kv_head),
+            "MLP": tokens * layers * 8 * width,
+            "weights in bfloat16": blocks if item < 4 else 0}
+    kept = {name: item * numbers for name, numbers in kept.items()}
+    kept["stream and norms"] += 8 * tokens                                     # the ids themselves
+    kept["attention"] += (4 * tokens * layers * config.n_head if gpu else
+                          item * _shares(config, rows))
+    return kept
+
+
+def _shares(config: GPTConfig, rows: int) -> int:
+    """Numbers in the tables of attention, which only the CPU's way of computing it keeps."""
+    length = config.sequence_len
+    windows = [None if w is None or w >= length else w for w in config.windows]
+    return rows * config.n_head * sum(
+        (here.stop - here.start) * (seen.stop - seen.start)
+        for window in windows for here, seen in key_blocks(length, window))
+
+# %% ../nbs/11_pretraining.ipynb #memory-plan
+def memory_plan(config: GPTConfig, *, rows: int, world_size: int = 1,
+                dtype: torch.dtype = torch.bfloat16, gpu: bool = True) -> dict[str, int]:
+    """Bytes on each rank at the fullest moment of a training step, by kind.
+
+    That moment is the end of a micro-batch of `rows` rows with gradients of earlier ones there.
+    Activations are 5% too low on a GPU (two measurements); a process's own memory is left out.
+    """
+    vocab = config.vocab_size
+    slice_rows = min(rows * config.sequence_len, max(1, 2**(28 if gpu else 22) // vocab))
+    # a CPU also holds wide copies of the logits: tanh, its exponential, a square
+    logits = slice_rows * vocab * (2 * dtype.itemsize + (0 if gpu else 12))
+    kept = kept_bytes(config, rows=rows, dtype=dtype, gpu=gpu)
+    return (standing_bytes(config, world_size=world_size) | kept
+            | {"loss": logits + 4 * vocab * config.n_embd})
+
+# %% ../nbs/11_pretraining.ipynb #hardware
+GPU_GIB = {"B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 80,
+           "L40S": 48, "L40": 48, "L4": 24, "A10": 24, "RTX 5090": 32, "RTX 4090": 24,
+           "RTX 3090": 24, "T4": 16}                         # data sheets
+MEASURED_MFU = {12: 0.435, 20: 0.488}        # by depth: one H200, bf16 (benchmarks/RESULTS.md)
+# reached on each of two cores by the laptop preset (there): with AMX; with bf16 alone; with neither
+CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 87e9, "CPU-FP32": 37e9}
+PRICES = {"H100": 3.0}                       # dollars per GPU-hour: nanochat's README
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices of one kind: GPUs, or the cores of one CPU."""
+    name: str
+    count: int
+    memory: int = 0            # bytes of one GPU, or of the machine of these cores; 0: not known
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether these are GPUs: each then has a process and memory of its own."""
+        return self.name not in CPU_FLOPS
+
+    def flops(self, depth: int) -> float | None:
+        """Operations a second that training at `depth` reaches on all; None where unknown."""
+        if not self.is_gpu:
+            return self.count * CPU_FLOPS[self.name]
+        peak, near = data_sheet(self.name), min(MEASURED_MFU, key=lambda d: abs(d - depth))
+        return peak and self.count * peak * MEASURED_MFU[near]
+
+# %% ../nbs/11_pretraining.ipynb #parse-hardware
+def parse_hardware(text: str) -> Hardware:
+    """`"8xH100"`, `"RTX 4090"`, `"4xCPU"` (cores). Raises UserError for what we do not know."""
+    match = re.fullmatch(r"(?:(\d+) *[xX×*] *)?(\S.*)", text.strip())
+    plain = lambda name: re.sub("[^A-Z0-9]|NVIDIA|GEFORCE|RTX", "", name.upper())
+    known = {plain(name): name for name in (*PEAK_FLOPS, *CPU_FLOPS)}
+    name = known.get(plain(match[2])) if match else None
+    if not name:
+        device = match[2] if match else text
+        raise UserError(f"--hardware {text!r}: unknown device {device!r}"
+                        f"{nearest(device, known.values())}; write it as in 8xH100")
+    count = int(match[1] or 1)
+    if count < 1:
+        raise UserError(f"--hardware {text!r}: there must be at least 1 {name}")
+    return Hardware(name, count, 2**30 * GPU_GIB.get(name, 0))
+
+
+def this_hardware() -> Hardware:
+    """This machine's GPUs or, without any, the cores that PyTorch uses."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return Hardware(found.name, torch.cuda.device_count(), found.total_memory)
+    amx = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
+    kind = "CPU-AMX" if amx else "CPU" if fast_dtype("cpu") == torch.bfloat16 else "CPU-FP32"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(kind, torch.get_num_threads(), memory)
+
+# %% ../nbs/11_pretraining.ipynb #disk-plan
+SHARD_MB = 100                 # a downloaded shard, by nanochat's runs/speedrun.sh
+
+
+def disk_plan(config: GPTConfig, tokens: int, *, text: list[str], keep: int) -> dict[str, float]:
+    """Bytes on disk of a pretraining run of `tokens` tokens, by kind;
+    own files count as just long enough."""
+    corpora = [name for name in text if name in HUB_CORPORA]
+    shards = shards_needed(tokens)
+    standing = standing_bytes(config)
+    checkpoint = standing["weights"] + standing["optimizer state"]
+    ids = (2 if config.vocab_size <= 2**16 else 4) * max(
+        1.05 * tokens, len(corpora) * shards * SHARD_TOKENS)
+    return {"downloaded text": len(corpora) * (shards + 1) * SHARD_MB * 1e6,   # + 1 to validate on
+            "token ids": ids, "checkpoints": (keep + 1) * checkpoint}
+
+# %% ../nbs/11_pretraining.ipynb #rules
+def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
+          total_batch_tokens: int = 0) -> list[tuple[str, str, str]]:
+    """(what, value, where it comes from) of everything that follows from the depth."""
+    by_hand = "fixed by hand, not by the rule: "
+    rates = learning_rates(plan.lr_scale)
+    return [
+        ("width", f"{config.n_embd}", "64 × depth, up to whole heads (nanochat)"),
+        ("heads", f"{config.n_head} × {config.head_dim}", "width / head_dim; no GQA (nanochat)"),
+        ("windows", config.window_pattern, "short and long layers in turn (nanochat)"),
+        ("tokens per parameter", f"{plan.tokens / plan.parameters:.3g}",
+         by_hand + "steps × batch" if steps else "token_ratio; tokens ∝ parameters (Chinchilla, "
+         "arXiv 2203.15556); nanochat's fits say 10.5 (dev/LOG.md)"),
+        ("batch, tokens", f"{plan.batch_tokens:,}",
+         by_hand * (total_batch_tokens > 0) + "∝ tokens^0.383 (Power Lines, arXiv 2505.13738)"),
+        ("learning rates", f"× {plan.lr_scale:.3f}: Muon {rates['matrix_lr']:.4f}",
+         "∝ √batch (nanochat); short runs more, ∝ tokens^-0.32 (arXiv 2409.19913), up to × 1"),
+        ("weight decay", f"{plan.weight_decay:.4f}",
+         "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
+        ("warmup, steps", f"{plan.warmup_steps}", "40, at most a tenth of the run (nanochat)"),
+    ]
+
+# %% ../nbs/11_pretraining.ipynb #power-law
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = floor + scale · (x / at)^-exponent."""
+    floor: float
+    scale: float               # y above the floor where x = at
+    exponent: float
+    at: float                  # the geometric mean of the x it was fitted to
+
+    def __call__(self, x: float) -> float:
+        return self.floor + self.scale * (x / self.at) ** -self.exponent
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float], *, floor: bool = True) -> PowerLaw:
+    """The power law with the least relative squared error; without `floor` it falls to 0.
+
+    x and y are positive. Raises UserError for fewer different x than the law has free numbers.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(set(x)) < (3 if floor else 2):
+        raise UserError(f"{len(set(x))} different sizes are too few for a power law"
+                        + " with a floor" * floor)
+    at = math.exp(np.log(x).mean())
+
+    def with_exponent(exponent: float) -> tuple[float, PowerLaw]:
+        shape = (x / at) ** -exponent / y
+        bottom, scale = np.linalg.lstsq(np.stack([1 / y, shape], 1), np.ones(len(x)), rcond=None)[0]
+        if not floor or bottom < 0:
+            bottom, scale = 0.0, shape.sum() / (shape @ shape)
+        law = PowerLaw(float(bottom), float(scale), float(exponent), at)
+        return float(((law(x) / y - 1) ** 2).sum()), law
+
+    grid = np.geomspace(1e-3, 10, 100)
+    for _ in range(12):                                    # ever closer around the best so far
+        best = min(range(len(grid)), key=lambda i: with_exponent(grid[i])[0])
+        around = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+        grid = np.linspace(*around, 20)
+    return min((with_exponent(exponent) for exponent in grid), key=lambda found: found[0])[1]
