@@ -18,8 +18,8 @@ from .evaluation import pass_at_k
 from .inference import Engine
 from .model import GPT
 from .optimizer import build_optimizer
-from .pretraining import (TrainingLoop, due, finish, learning_rates, open_run, recipe,
-                                     record, say, stop, training_steps, update)
+from .pretraining import (TrainingLoop, due, finish, keep_best, learning_rates, open_run, recipe,
+                                     record, say, training_steps, update)
 from .runtime import Runtime, UserError, generator, nearest, seed_of, start_runtime
 from .sft import open_split, prepare_base, rows_made, run_sft
 from .tasks import EMBEDDED, Task
@@ -257,6 +257,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
         loop.metrics.log(loop.step, **result)
+        keep_best(loop)
         say(loop, f"step {loop.step}: " + ", ".join(
             f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
 
@@ -357,7 +358,8 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,
-                        keep=keep, steps=steps or max(1, len(practice) // prompts_per_step),
+                        keep=keep, best=("pass@1", max),
+                        steps=steps or max(1, len(practice) // prompts_per_step),
                         recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, p)

@@ -21,7 +21,7 @@ from .loader import (PackedRows, check_split, open_shards, pack_conversations,
                                 packed_batches, pretraining_batches)
 from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
-                                     learning_rates,
+                                     keep_best, learning_rates,
                                      lr_multiplier, open_run, prepare_tokenizer, recipe, record,
                                      run_base, say, training_steps, update)
 from .runtime import Runtime, UserError, seed_of, start_runtime
@@ -170,6 +170,7 @@ def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: 
     def look() -> None:
         loss = conversation_loss(loop.model, held, rt=rt, micro_batch_rows=micro)
         loop.metrics.log(loop.step, val_loss=loss)
+        keep_best(loop)
         say(loop, f"step {loop.step}: loss {loss:.3f} on held-out conversations")
 
     for step in training_steps(loop):
@@ -237,6 +238,7 @@ def run_sft(
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
     loop = TrainingLoop(
         "sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
+        best=("val_loss", min),
         steps=sft_steps(packed, batch // T - text_rows(batch // T, text_share),
                         steps=steps, epochs=epochs), recipe=recipe(p, **made_by),
         meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)
