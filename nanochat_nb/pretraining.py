@@ -23,7 +23,8 @@ from .checkpoint import (latest_checkpoint, list_checkpoints, load_checkpoint,
 from .corpus import open_text
 from .evaluation import bits_per_byte
 from .inference import Engine
-from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
+from .loader import (Shards, ahead, batch_documents, in_words, open_shards,
+                                pretraining_batches, write_shards)
 from .model import GPT, GPTConfig, train_in_fp8
 from .optimizer import build_optimizer
 from .runtime import (MetricsLog, Runtime, UserError, keep_memory, peak_memory_bytes,
@@ -34,8 +35,8 @@ from .tokenizer import Tokenizer, run_tokenizer
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
            'UNIMPORTANT', 'PEAK_FLOPS', 'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base',
            'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps',
-           'affordable', 'save_and_time', 'due', 'save', 'best_step', 'keep_best', 'stop', 'update', 'finish',
-           'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
+           'affordable', 'save_and_time', 'due', 'save', 'best_step', 'keep_best', 'hopeless', 'stop', 'update',
+           'finish', 'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
            'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer',
            'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet', 'peak_flops', 'pretrain',
            'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base']
@@ -186,16 +187,19 @@ class TrainingLoop:
     `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
     moved to `STAGE.old`. `meta` goes into every checkpoint. `best` names the metric of the
     validations, and whether its `min` or `max` is best: that step's checkpoint is kept, too.
+    A loss above `limit` stops the run; `source` says then what a step's batch was made of.
     """
 
     def __init__(self, stage: str, folder: Path, rt: Runtime, *, model: GPT, optimizer, steps: int,
                  recipe: dict, meta: dict, save_every: int = 0, save_seconds: float = 60.0,
-                 keep: int = 2, best: tuple[str, Callable] = ("", min)):
+                 keep: int = 2, best: tuple[str, Callable] = ("", min), limit: float = math.inf,
+                 source: Callable[[int], dict[str, list[int]]] = lambda step: {}):
         self.stage, self.folder, self.rt = stage, Path(folder), rt
         self.model, self.optimizer = model, optimizer
         self.steps, self.recipe, self.meta = steps, recipe, meta
         self.save_every, self.save_seconds, self.keep = save_every, save_seconds, keep
         self.best, self.saved, self.cost = best, time.monotonic(), 0.0
+        self.limit, self.source = limit, source
         self.metrics = MetricsLog(self.folder / "metrics" / f"{stage}.jsonl", write=rt.is_main)
         self.step, self.tokens, self.flops, self.earlier = 0, 0, 0.0, 0.0
         self.started = time.monotonic()
@@ -287,7 +291,7 @@ def due(step: int, every: int) -> bool:
 def save(loop: TrainingLoop) -> None:
     """Write a checkpoint of the present step. Raises UserError when a weight is not finite."""
     if not all(torch.isfinite(p).all() for p in loop.model.parameters()):
-        stop(loop, "a weight is not finite")
+        stop(loop, "a weight is not finite", loop.step - 1)
     so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds,
               "dtype": str(loop.rt.dtype)}
     meta = loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": so_far}
@@ -313,22 +317,28 @@ def keep_best(loop: TrainingLoop) -> None:
         save_and_time(loop)
 
 # %% ../nbs/11_pretraining.ipynb #stop
-def stop(loop: TrainingLoop, what: str):
-    """Raise the UserError that ends a run gone wrong."""
-    last = latest_checkpoint(loop.folder / loop.stage)
-    raise UserError(f"{loop.stage}: {what} at step {loop.step}; the last good checkpoint is "
-                    f"{Path(last).name if last else 'none yet'}. Lower the learning rates "
-                    "(lr_scale) or look at the data; running again resumes from there")
+def hopeless(vocab_size: int) -> float:
+    """The loss above which a run is given up: twice that of guessing."""
+    return 2 * math.log(vocab_size)
+
+
+def stop(loop: TrainingLoop, what: str, step: int):
+    """Raise the UserError that ends a run gone wrong in `step`."""
+    last, sources = latest_checkpoint(loop.folder / loop.stage), in_words(loop.source(step))
+    raise UserError(f"{loop.stage}: {what} at step {step}" +
+                    (f", whose batch is made of {sources}" if sources else "") +
+                    f"; the last good checkpoint is {last.name if last else 'none yet'}. Lower the "
+                    "learning rates or look at the data; running again resumes from there")
 
 
 def update(loop: TrainingLoop, loss: float, *, lr: float, momentum: float = 0.95,
            weight_decay: float = 0.0) -> None:
     """One optimizer step with the gradients that are there; `lr` multiplies each group's rate.
 
-    Raises UserError when `loss` is not finite.
+    Raises UserError when `loss` is not finite, or hopelessly large.
     """
-    if not math.isfinite(loss):
-        stop(loop, f"the loss became {loss}")
+    if not loss <= loop.limit or math.isinf(loss):           # a nan is not <= anything
+        stop(loop, f"the loss became {loss:.4g}", loop.step)
     for group in loop.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr
         if group["kind"] == "muon":
@@ -646,6 +656,9 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
                "tokens": [s["sha256"] for s in train.index["shards"]]}
     loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
                         save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
-                        best=("val_bpb", min),
+                        best=("val_bpb", min), limit=hopeless(tokenizer.vocab_size),
+                        source=lambda step: batch_documents(
+                            train, step, rows=plan.batch_tokens // sequence_len,
+                            sequence_len=sequence_len, seed=seed),
                         meta=made_by | {"config": asdict(config), "plan": asdict(plan)})
     return pretrain(loop, plan, compiled(model, rt, compile), tokenizer, train, val, p)

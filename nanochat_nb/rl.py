@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights', 'policy_rows',
-           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'questions_of', 'test_pass',
-           'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft',
-           'run_rl']
+           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'question_sources', 'questions_of',
+           'test_pass', 'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics',
+           'prepare_sft', 'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -193,6 +193,15 @@ def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
         raise UserError("no question leaves room for an answer in the model's "
                         f"{sequence_len} tokens; practise other tasks")
     return fit
+
+
+def question_sources(questions: list[tuple[Task, dict]],
+                     numbers: Iterable[int]) -> dict[str, list[int]]:
+    """These questions' numbers by task."""
+    found: dict[str, list[int]] = {}
+    for i in numbers:
+        found.setdefault(questions[i][0].name, []).append(i)
+    return found
 
 
 def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
@@ -359,6 +368,8 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,
                         keep=keep, best=("pass@1", max),
+                        source=lambda step: question_sources(practice, questions_of(
+                            step, prompts_per_step, len(practice), seed)),
                         steps=steps or max(1, len(practice) // prompts_per_step),
                         recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
