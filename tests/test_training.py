@@ -311,22 +311,22 @@ for stage in {stages!r}:
 """
 
 
-def on_two_ranks(folder: Path, stages: list[str]) -> None:
+def stages_on_ranks(folder: Path, stages: list[str], ranks: int = 2) -> None:
     script = folder / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), stages=stages, folder=str(folder)), "utf-8")
-    on_ranks(script)
+    on_ranks(script, ranks)
 
 
-def on_ranks(script: Path) -> None:
-    """Run a script on two gloo ranks."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+def on_ranks(script: Path, ranks: int = 2) -> None:
+    """Run a script on gloo ranks."""
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)],
                    check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
 def test_two_ranks_are_one_run(whole, tmp_path):
     """Same losses to 1e-4 on two gloo ranks; then one rank goes on from the two ranks' checkpoint."""
     folder = copy_before(whole, "base", tmp_path)
-    on_two_ranks(folder, ["base", "sft"])
+    stages_on_ranks(folder, ["base", "sft"])
     for stage in ("base", "sft"):
         assert_close(rows(whole, stage), rows(folder, stage))
     for path in list_checkpoints(folder / "base"):
@@ -336,10 +336,27 @@ def test_two_ranks_are_one_run(whole, tmp_path):
     assert_close(rows(whole, "base"), rows(folder, "base"))
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (4, 2)])
+def test_resumed_on_other_ranks(whole, tmp_path, before, after):
+    """Begun on so many ranks and ended on others: the losses of one rank, to 1e-4."""
+    folder = copy_before(whole, "base", tmp_path)
+    if before == 1:
+        for name in ("base", "tokens", "metrics"):
+            shutil.copytree(whole / name, folder / name)
+    else:
+        stages_on_ranks(folder, ["base"], before)
+    for path in list_checkpoints(folder / "base"):
+        if step_of(path) > 4:
+            shutil.rmtree(path)
+    stages_on_ranks(folder, ["base"], after)
+    assert json.loads((folder / "base" / "summary.json").read_text())["world_size"] == after
+    assert_close(rows(whole, "base"), rows(folder, "base"))
+
+
 def test_rl_on_two_ranks(whole, tmp_path):
     """Each rank answers every second question with the random numbers that question has anywhere."""
     folder = copy_before(whole, "rl", tmp_path)
-    on_two_ranks(folder, ["rl"])
+    stages_on_ranks(folder, ["rl"])
     one, two = rows(whole, "rl"), rows(folder, "rl")
     assert [r for r in one if r["step"] == 0] == [pytest.approx(r, abs=1e-4) for r in two if r["step"] == 0]
     assert len(one) == len(two)
