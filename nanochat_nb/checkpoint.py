@@ -27,7 +27,7 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['SAFETENSORS_NAMES', 'NANOCHAT_NAMES', 'OCTOBER_2025', 'safetensors_header', 'write_safetensors', 'meta_hash',
            'write_checkpoint', 'put_back', 'sync_folder', 'list_checkpoints', 'step_of', 'save_checkpoint',
-           'what_is_wrong', 'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'make_model', 'load_model',
+           'what_is_wrong', 'latest_checkpoint', 'Checkpoint', 'load_checkpoint', 'tidy', 'make_model', 'load_model',
            'our_name', 'neutral_weights', 'pad_vocabulary', 'EncodingOnly', 'read_nanochat_tokenizer', 'read_nanochat',
            'import_nanochat']
 
@@ -129,8 +129,10 @@ def step_of(path: Path) -> int:
 # %% ../nbs/06_checkpoint.ipynb #save-checkpoint
 def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
                     optimizer: MuonAdamW | None = None, meta: dict | None = None,
-                    rt: Runtime | None = None, keep: int = 2) -> Path:
+                    rt: Runtime | None = None, keep: int = 2, best: int | None = None) -> Path:
     """Save `folder`/step_00000100 atomically, then drop all but the newest `keep` up to it.
+
+    The checkpoint of step `best` is kept besides.
 
     Every rank must call it; rank 0 writes. To `meta` (anything JSON) are added step, config, files
     (sha256 of each) and weights (that of the model's file). What fails on rank 0 is raised on every
@@ -146,7 +148,8 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
             facts = {"step": step, "config": asdict(model.config)}
             write_checkpoint(path, tensors, (meta or {}) | facts)
             for old in [p for p in list_checkpoints(folder) if step_of(p) <= step][:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                if step_of(old) != best:
+                    shutil.rmtree(old, ignore_errors=True)
         except Exception as error:             # the other ranks wait for news, good or bad
             problem = error
     said = rt.broadcast(problem and str(problem)) if rt else None
@@ -200,17 +203,28 @@ def load_checkpoint(folder: str | Path, *, step: int | None = None,
     Raises UserError when there is none, or the one asked for is damaged.
     """
     from safetensors.torch import load_file
-    path = latest_checkpoint(folder) if step is None else Path(folder) / f"step_{step:08d}"
-    if path is None or not path.exists():
+    there = {step_of(p): p for p in list_checkpoints(folder)}
+    path = latest_checkpoint(folder) if step is None else there.get(step)
+    if path is None:
         raise UserError(
-            f"{folder} holds no {'whole checkpoint' if path is None else path.name}; "
-            f"there: {', '.join(p.name for p in list_checkpoints(folder)) or 'nothing'}")
+            f"{folder} holds no {'whole checkpoint' if step is None else f'step_{step:08d}'}; "
+            f"there: {', '.join(p.name for p in there.values()) or 'nothing'}")
     if step is not None and (problem := what_is_wrong(path)):
         raise UserError(f"checkpoint {path}: {problem}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     states = {name: load_file(path / f"{name}.safetensors", device=str(device))
               for name in ("model", "optimizer") if f"{name}.safetensors" in meta["files"]}
     return Checkpoint(meta["step"], meta, states["model"], states.get("optimizer"))
+
+# %% ../nbs/06_checkpoint.ipynb #tidy
+def tidy(folder: str | Path) -> None:
+    """Clear up after saves that a kill interrupted: undo half a replacement, remove parts.
+
+    Only for the one process that saves in `folder`, before it goes on.
+    """
+    for hidden in Path(folder).glob(".step_*"):
+        path = hidden.with_name(hidden.stem[1:])
+        put_back(path, path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.tmp"))
 
 # %% ../nbs/06_checkpoint.ipynb #make-model
 def make_model(config: GPTConfig, state: dict[str, Tensor], device: torch.device | str,

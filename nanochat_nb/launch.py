@@ -713,6 +713,8 @@ def launch(overrides: dict[str, dict], run: Path, *, title: str = "", processes:
         preset = run / "preset.yaml"
         write_atomic(preset,
                      f"# preset: {title or run.name}\n" + yaml.safe_dump(overrides, sort_keys=True))
+        for leftover in filter(Path.is_file, run.rglob(".*.tmp")):
+            leftover.unlink()                              # half a file, by a process that was killed
         log = Tee(sys.stdout, file)
         wanted = list(STEPS)[:list(STEPS).index(until) + 1]
         for number, name in enumerate(wanted, 1):

@@ -5,6 +5,7 @@
 # %% ../nbs/03_loader.ipynb #c-fb9c6f1d
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +22,9 @@ from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Buckets', 'cut_long', 'pack_rows', 'Shards', 'open_shards', 'write_shards', 'Plan', 'plan_window',
-           'plans', 'fill_row', 'check_split', 'pretraining_batches', 'ahead', 'cut_conversation', 'PackedRows',
-           'pack_conversations', 'packed_batches']
+           'plans', 'fill_row', 'check_split', 'pretraining_batches', 'ahead', 'batch_documents', 'in_words',
+           'cut_conversation', 'PackedRows', 'pack_conversations', 'packed_numbers', 'batch_conversations',
+           'packed_batches']
 
 # %% ../nbs/03_loader.ipynb #buckets
 class Buckets:
@@ -422,6 +424,29 @@ def ahead(batches: Iterator) -> Iterator:
             batch, coming = coming.result(), thread.submit(next, batches)
             yield batch
 
+# %% ../nbs/03_loader.ipynb #batch-documents
+def batch_documents(shards: Shards, step: int, *, rows: int, sequence_len: int,
+                    seed: int = 0) -> dict[str, list[int]]:
+    """The numbers of the documents in the batch of `step`, by the shard's file name."""
+    source = _rows_from(shards, step * rows, sequence_len=sequence_len, seed=seed)
+    numbers = np.unique(np.concatenate([pieces[:, 0] for pieces in islice(source, rows)]))
+    found: dict[str, list[int]] = {}
+    for number, shard in zip(numbers, np.searchsorted(shards.first, numbers, side="right") - 1):
+        found.setdefault(shards.index["shards"][shard]["name"], []).append(int(number))
+    return found
+
+
+def in_words(sources: dict[str, list[int]], most: int = 8) -> str:
+    """Sources and their numbers as text, at most `most` numbers of each.
+
+    >>> in_words({"shard_00000.bin": [3, 17], "shard_00004.bin": [812, 813, 845]}, most=2)
+    'shard_00000.bin: 3, 17; shard_00004.bin: 812, 813 and 1 more'
+    """
+    def listed(numbers: list[int]) -> str:
+        more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+        return ", ".join(map(str, numbers[:most])) + more
+    return "; ".join(f"{name}: {listed(numbers)}" for name, numbers in sources.items())
+
 # %% ../nbs/03_loader.ipynb #exchanges
 def _exchanges(ids: Sequence[int], user_start: int) -> list[tuple[int, int]]:
     """Where each exchange (a user's turn and its answer) begins and ends;
@@ -466,6 +491,7 @@ class PackedRows:
     sequence_len: int
     pad: int                                                 # the id that fills the rest of a row
     stats: dict[str, int]
+    conversation: list[int] = field(default_factory=list)    # per piece, its conversation's number
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -511,8 +537,8 @@ def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int
     room, user_start = sequence_len + 1, tokenizer.special("<|user_start|>")
     stats = dict.fromkeys(
         ("conversations", "cut", "shortened", "empty", "rows", "tokens", "targets", "padding"), 0)
-    pieces = []
-    for ids, mask in conversations:
+    pieces, numbers = [], []
+    for number, (ids, mask) in enumerate(conversations):
         stats["conversations"] += 1
         parts, shortened = ([(ids, mask)], 0) if len(ids) <= room else cut_conversation(
             ids, mask, room, user_start)
@@ -521,30 +547,42 @@ def pack_conversations(conversations: Iterable[tuple[Sequence[int], Sequence[int
         parts = [(i, m) for i, m in parts if 1 in m]
         stats["empty"] += not parts
         pieces += [(np.array(i, dtype=np.int32), np.array(m, dtype=bool)) for i, m in parts]
+        numbers += [number] * len(parts)
     if not pieces:
         raise UserError("no conversation has anything for the assistant to learn")
     plan = _pack_whole([len(ids) for ids, _ in pieces], room)
     stats |= {"rows": len(plan), "tokens": sum(len(ids) for ids, _ in pieces),
               "targets": int(sum(mask.sum() for _, mask in pieces))}
     stats["padding"] = len(plan) * room - stats["tokens"]
-    return PackedRows(pieces, plan, sequence_len, tokenizer.special("<|bos|>"), stats)
+    return PackedRows(pieces, plan, sequence_len, tokenizer.special("<|bos|>"), stats, numbers)
 
 # %% ../nbs/03_loader.ipynb #packed-batches
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_of(seed, "packed", epoch)).permutation(count)
+
+
+def packed_numbers(packed: PackedRows, places: Iterable[int], seed: int) -> list[int]:
+    """Which rows stand at these places of the endless sequence; shuffled anew each epoch."""
+    count = len(packed)
+    return [int(_order(count, seed, i // count)[i % count]) for i in places]
+
+
+def batch_conversations(packed: PackedRows, step: int, *, rows: int, seed: int = 0) -> list[int]:
+    """The numbers of the conversations in the batch of `step`."""
+    numbers = packed_numbers(packed, range(step * rows, (step + 1) * rows), seed)
+    return sorted({packed.conversation[p] for n in numbers for p in packed.plan[n]})
+
+
 def packed_batches(
     packed: PackedRows, *, rows: int, seed: int = 0, rank: int = 0, world_size: int = 1,
     start_step: int = 0, device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`(idx, targets)` from step `start_step` on, without end;
     rows are shuffled anew each epoch."""
-    mine, first, epoch, order = check_split(rows, world_size), start_step * rows, -1, None
+    mine, first = check_split(rows, world_size), start_step * rows
     while True:
-        numbers = []
-        for i in range(first + rank * mine, first + (rank + 1) * mine):
-            if i // len(packed) != epoch:
-                epoch = i // len(packed)
-                order = np.random.default_rng(seed_of(seed, "packed",
-                                                      epoch)).permutation(len(packed))
-            numbers.append(int(order[i % len(packed)]))
+        at = first + rank * mine
+        idx, targets = packed.rows(packed_numbers(packed, range(at, at + mine), seed))
         first += rows
-        idx, targets = packed.rows(numbers)
         yield _to_device(idx, device), _to_device(targets, device)

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import (latest_checkpoint, list_checkpoints, load_checkpoint,
+                                    save_checkpoint, step_of, tidy)
 from .corpus import HUB_CORPORA, open_text
 from .evaluation import bits_per_byte
 from .inference import Engine
-from .loader import Shards, ahead, open_shards, pretraining_batches, write_shards
+from .loader import (Shards, ahead, batch_documents, in_words, open_shards,
+                                pretraining_batches, write_shards)
 from .model import GPT, GPTConfig, key_blocks, train_in_fp8
 from .optimizer import build_optimizer
 from .runtime import (MetricsLog, Runtime, UserError, fast_dtype, keep_memory, nearest,
@@ -35,13 +37,14 @@ from .tokenizer import Tokenizer, run_tokenizer
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
            'UNIMPORTANT', 'PEAK_FLOPS', 'GPU_GIB', 'MEASURED_MFU', 'CPU_FLOPS', 'PRICES', 'SHARD_MB',
            'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
-           'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps', 'save', 'due', 'stop', 'update',
-           'finish', 'shards_needed', 'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows',
-           'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts',
-           'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet',
-           'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of',
-           'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan',
-           'rules', 'PowerLaw', 'fit_power_law']
+           'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps', 'affordable', 'save_and_time',
+           'due', 'save', 'best_step', 'keep_best', 'hopeless', 'stop', 'update', 'finish', 'shards_needed',
+           'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
+           'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer',
+           'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet', 'peak_flops', 'pretrain',
+           'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of', 'standing_bytes', 'kept_bytes',
+           'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan', 'rules', 'PowerLaw',
+           'fit_power_law']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -187,16 +190,21 @@ class TrainingLoop:
     `training_steps` gives its steps.
 
     `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
-    moved to `STAGE.old`. `meta` goes into every checkpoint.
+    moved to `STAGE.old`. `meta` goes into every checkpoint. `best` names the metric of the
+    validations, and whether its `min` or `max` is best: that step's checkpoint is kept, too.
+    A loss above `limit` stops the run; `source` says then what a step's batch was made of.
     """
 
     def __init__(self, stage: str, folder: Path, rt: Runtime, *, model: GPT, optimizer, steps: int,
                  recipe: dict, meta: dict, save_every: int = 0, save_seconds: float = 60.0,
-                 keep: int = 2):
+                 keep: int = 2, best: tuple[str, Callable] = ("", min), limit: float = math.inf,
+                 source: Callable[[int], dict[str, list[int]]] = lambda step: {}):
         self.stage, self.folder, self.rt = stage, Path(folder), rt
         self.model, self.optimizer = model, optimizer
         self.steps, self.recipe, self.meta = steps, recipe, meta
         self.save_every, self.save_seconds, self.keep = save_every, save_seconds, keep
+        self.best, self.saved, self.cost = best, time.monotonic(), 0.0
+        self.limit, self.source = limit, source
         self.metrics = MetricsLog(self.folder / "metrics" / f"{stage}.jsonl", write=rt.is_main)
         self.step, self.tokens, self.flops, self.earlier = 0, 0, 0.0, 0.0
         self.started = time.monotonic()
@@ -211,6 +219,8 @@ class TrainingLoop:
 
     def _resume(self) -> None:
         path = self.folder / self.stage
+        if self.rt.is_main:
+            tidy(path)
         there = self.rt.broadcast(str(latest_checkpoint(path) or ""))
         found = load_checkpoint(path) if there else None
         if found and found.meta["recipe"] != self.recipe:
@@ -253,52 +263,87 @@ def training_steps(loop: TrainingLoop) -> Iterator[int]:
     Saves after every `save_every`, at the end, and by the clock: after `save_seconds`, or after 20
     times what the last save took, if that is longer.
     """
-    saved, wait = time.monotonic(), loop.save_seconds
+    loop.saved, loop.cost = time.monotonic(), 0.0
     with progress(total=loop.steps, initial=loop.step, what=loop.stage) as loop.bar:
         while loop.step < loop.steps:
             yield loop.step
             loop.step += 1
             loop.bar.update()
-            late = loop.rt.broadcast(time.monotonic() - saved > wait)
+            late = affordable(loop, loop.save_seconds)
             if late or loop.step == loop.steps or due(loop.step, loop.save_every):
-                began = time.monotonic()
-                save(loop)
-                saved = time.monotonic()
-                wait = max(loop.save_seconds, 20 * (saved - began))
+                save_and_time(loop)
 
 
-def save(loop: TrainingLoop) -> None:
-    """Write a checkpoint of the present step. Raises UserError when a weight is not finite."""
-    if not all(torch.isfinite(p).all() for p in loop.model.parameters()):
-        stop(loop, "a weight is not finite")
-    so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds,
-              "dtype": str(loop.rt.dtype)}
-    meta = loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": so_far}
-    save_checkpoint(loop.folder / loop.stage, loop.step, model=loop.model, rt=loop.rt, meta=meta,
-                    optimizer=loop.optimizer, keep=loop.keep)
+def affordable(loop: TrainingLoop, seconds: float = 0.0) -> bool:
+    """Whether `seconds`, and 20 times what the last save took, have gone by since it; rank 0's
+    clock decides for all."""
+    return loop.rt.broadcast(time.monotonic() - loop.saved > max(seconds, 20 * loop.cost))
+
+
+def save_and_time(loop: TrainingLoop) -> None:
+    """Save, and remember when that was and what it took."""
+    began = time.monotonic()
+    save(loop)
+    loop.saved = time.monotonic()
+    loop.cost = loop.saved - began
 
 
 def due(step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is due at this step."""
     return every > 0 and step > 0 and step % every == 0
 
+# %% ../nbs/11_pretraining.ipynb #save
+def save(loop: TrainingLoop) -> None:
+    """Write a checkpoint of the present step. Raises UserError when a weight is not finite."""
+    if not all(torch.isfinite(p).all() for p in loop.model.parameters()):
+        stop(loop, "a weight is not finite", loop.step - 1)
+    so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds,
+              "dtype": str(loop.rt.dtype)}
+    meta = loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": so_far}
+    save_checkpoint(loop.folder / loop.stage, loop.step, model=loop.model, rt=loop.rt, meta=meta,
+                    optimizer=loop.optimizer, keep=loop.keep, best=best_step(loop))
+
+# %% ../nbs/11_pretraining.ipynb #best-step
+def best_step(loop: TrainingLoop, among: Iterable[int] | None = None) -> int | None:
+    """The step with the best validation, among these (None: those that have a checkpoint)."""
+    name, choose = loop.best
+    scores = {r["step"]: r[name] for r in loop.metrics.rows() if isinstance(r.get(name), float)}
+    if among is None:
+        among = map(step_of, list_checkpoints(loop.folder / loop.stage))
+    return choose(scores.keys() & set(among), key=scores.get, default=None)
+
+
+def keep_best(loop: TrainingLoop) -> None:
+    """After a validation: save if it was the best so far, there is no checkpoint of this step,
+    and saving is affordable."""
+    there = {0, *map(step_of, list_checkpoints(loop.folder / loop.stage))}
+    best = loop.step not in there and best_step(loop, range(loop.step + 1)) == loop.step
+    if loop.rt.broadcast(best) and affordable(loop):
+        save_and_time(loop)
+
 # %% ../nbs/11_pretraining.ipynb #stop
-def stop(loop: TrainingLoop, what: str):
-    """Raise the UserError that ends a run gone wrong."""
-    last = latest_checkpoint(loop.folder / loop.stage)
-    raise UserError(f"{loop.stage}: {what} at step {loop.step}; the last good checkpoint is "
-                    f"{Path(last).name if last else 'none yet'}. Lower the learning rates "
-                    "(lr_scale) or look at the data; running again resumes from there")
+def hopeless(vocab_size: int) -> float:
+    """The loss above which a run is given up: twice that of guessing."""
+    return 2 * math.log(vocab_size)
+
+
+def stop(loop: TrainingLoop, what: str, step: int):
+    """Raise the UserError that ends a run gone wrong in `step`."""
+    last, sources = latest_checkpoint(loop.folder / loop.stage), in_words(loop.source(step))
+    raise UserError(f"{loop.stage}: {what} at step {step}" +
+                    (f", whose batch is made of {sources}" if sources else "") +
+                    f"; the last good checkpoint is {last.name if last else 'none yet'}. Lower the "
+                    "learning rates or look at the data; running again resumes from there")
 
 
 def update(loop: TrainingLoop, loss: float, *, lr: float, momentum: float = 0.95,
            weight_decay: float = 0.0) -> None:
     """One optimizer step with the gradients that are there; `lr` multiplies each group's rate.
 
-    Raises UserError when `loss` is not finite.
+    Raises UserError when `loss` is not finite, or hopelessly large.
     """
-    if not math.isfinite(loss):
-        stop(loop, f"the loss became {loss}")
+    if not loss <= loop.limit or math.isinf(loss):           # a nan is not <= anything
+        stop(loop, f"the loss became {loss:.4g}", loop.step)
     for group in loop.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr
         if group["kind"] == "muon":
@@ -311,7 +356,7 @@ def finish(loop: TrainingLoop, metrics: dict, parameters: dict, **extra) -> dict
     """Write `STAGE/summary.json` and return it, with the run's folder."""
     summary = {"stage": loop.stage, "metrics": metrics, "parameters": parameters,
                "seconds": loop.seconds, "tokens": loop.tokens, "flops": loop.flops,
-               "steps": loop.steps, "world_size": loop.rt.world_size,
+               "steps": loop.steps, "best_step": best_step(loop), "world_size": loop.rt.world_size,
                "peak_memory_bytes": max(loop.rt.gather(peak_memory_bytes())), **extra}
     if loop.rt.is_main:
         write_json(loop.folder / loop.stage / "summary.json", summary)
@@ -529,6 +574,7 @@ def pretrain(loop: TrainingLoop, plan: Plan, net, tokenizer: Tokenizer, train: S
                                  batches=p["eval_batches"], micro_batch_rows=p["micro_batch_rows"],
                                  rt=rt)
             loop.metrics.log(step, val_bpb=bpb)
+            keep_best(loop)
             say(loop, f"step {step}: {bpb:.3f} bits per byte on validation text")
         if rt.is_main and (last or due(step, p["sample_every"])):
             loop.metrics.log(step, samples=sample_texts(loop.model, tokenizer,
@@ -619,6 +665,10 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
                "tokens": [s["sha256"] for s in train.index["shards"]]}
     loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
                         save_every=save_every, keep=keep, recipe=recipe(p, **made_by),
+                        best=("val_bpb", min), limit=hopeless(tokenizer.vocab_size),
+                        source=lambda step: batch_documents(
+                            train, step, rows=plan.batch_tokens // sequence_len,
+                            sequence_len=sequence_len, seed=seed),
                         meta=made_by | {"config": asdict(config), "plan": asdict(plan)})
     return pretrain(loop, plan, compiled(model, rt, compile), tokenizer, train, val, p)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from .evaluation import pass_at_k
 from .inference import Engine
 from .model import GPT
 from .optimizer import build_optimizer
-from .pretraining import (TrainingLoop, due, finish, learning_rates, open_run, recipe,
-                                     record, say, stop, training_steps, update)
+from .pretraining import (TrainingLoop, due, finish, keep_best, learning_rates, open_run, recipe,
+                                     record, say, training_steps, update)
 from .runtime import Runtime, UserError, generator, nearest, seed_of, start_runtime
 from .sft import open_split, prepare_base, rows_made, run_sft
 from .tasks import EMBEDDED, Task
@@ -27,9 +27,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights', 'policy_rows',
-           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'questions_of', 'test_pass',
-           'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft',
-           'run_rl']
+           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'question_sources', 'questions_of',
+           'test_pass', 'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics',
+           'prepare_sft', 'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -195,6 +195,15 @@ def that_fit(questions: list[tuple[Task, dict]], tokenizer: Tokenizer,
     return fit
 
 
+def question_sources(questions: list[tuple[Task, dict]],
+                     numbers: Iterable[int]) -> dict[str, list[int]]:
+    """These questions' numbers by task."""
+    found: dict[str, list[int]] = {}
+    for i in numbers:
+        found.setdefault(questions[i][0].name, []).append(i)
+    return found
+
+
 def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
     """Numbers of the questions of a step: all of them in turn, in a new order each time round."""
     out = []
@@ -257,6 +266,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
         loop.metrics.log(loop.step, **result)
+        keep_best(loop)
         say(loop, f"step {loop.step}: " + ", ".join(
             f"{k} {v:.1%}" for k, v in result.items() if k.startswith("pass")))
 
@@ -362,7 +372,10 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,
-                        keep=keep, steps=steps or max(1, len(practice) // prompts_per_step),
+                        keep=keep, best=("pass@1", max),
+                        source=lambda step: question_sources(practice, questions_of(
+                            step, rounds * prompts_per_step, len(practice), seed)),
+                        steps=steps or max(1, len(practice) // prompts_per_step),
                         recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, p)

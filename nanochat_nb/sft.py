@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint, load_model
-from .loader import (PackedRows, check_split, open_shards, pack_conversations,
-                                packed_batches, pretraining_batches)
+from .loader import (PackedRows, batch_conversations, batch_documents, check_split,
+                                open_shards, pack_conversations, packed_batches,
+                                pretraining_batches)
 from .optimizer import build_optimizer
 from .pretraining import (TrainingLoop, accumulate, check_rows, compiled, due, finish,
-                                     learning_rates,
+                                     hopeless, keep_best, learning_rates,
                                      lr_multiplier, open_run, prepare_tokenizer, recipe, record,
                                      run_base, say, training_steps, update)
 from .runtime import Runtime, UserError, seed_of, start_runtime
@@ -30,7 +31,8 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['held_out', 'open_split', 'rows_made', 'open_mixture', 'pack_mixture', 'conversation_loss', 'prepare_base',
-           'text_rows', 'sft_steps', 'mixed_batches', 'rows_hash', 'fine_tune', 'sft_metrics', 'run_sft']
+           'text_rows', 'sft_steps', 'mixed_batches', 'batch_sources', 'rows_hash', 'fine_tune', 'sft_metrics',
+           'run_sft']
 
 # %% ../nbs/12_sft.ipynb #held-out
 def held_out(conversation: dict) -> bool:
@@ -150,6 +152,20 @@ def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, 
     return (tuple(torch.cat(pair)[mine].to(rt.device) for pair in zip(a, b))
             for a, b in zip(talk, read))
 
+
+def batch_sources(mixture: TaskMixture, packed: PackedRows, folder: Path, step: int, *, rows: int,
+                  share: float, seed: int) -> dict[str, list[int]]:
+    """What the batch of `step` is made of: by task, numbers of the mixture's conversations; by
+    shard, numbers of documents."""
+    text, found = text_rows(rows, share), {}
+    for i in batch_conversations(packed, step, rows=rows - text, seed=seed):
+        found.setdefault(mixture.tasks[mixture.index[i][0]].name, []).append(i)
+    if text:
+        shards = open_shards(folder / "tokens" / "train")
+        found |= batch_documents(shards, step, rows=text, sequence_len=packed.sequence_len,
+                                 seed=seed)
+    return found
+
 # %% ../nbs/12_sft.ipynb #rows-hash
 def rows_hash(packed: PackedRows) -> str:
     """A hash of all packed conversations: what a checkpoint was made from."""
@@ -170,6 +186,7 @@ def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: 
     def look() -> None:
         loss = conversation_loss(loop.model, held, rt=rt, micro_batch_rows=micro)
         loop.metrics.log(loop.step, val_loss=loss)
+        keep_best(loop)
         say(loop, f"step {loop.step}: loss {loss:.3f} on held-out conversations")
 
     for step in training_steps(loop):
@@ -237,6 +254,9 @@ def run_sft(
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
     loop = TrainingLoop(
         "sft", folder, rt, model=model, optimizer=optimizer, save_every=save_every, keep=keep,
+        best=("val_loss", min), limit=hopeless(tokenizer.vocab_size),
+        source=lambda step: batch_sources(train, packed, folder, step, rows=batch // T,
+                                          share=text_share, seed=seed),
         steps=sft_steps(packed, batch // T - text_rows(batch // T, text_share),
                         steps=steps, epochs=epochs), recipe=recipe(p, **made_by),
         meta={"config": base["config"], "plan": base["plan"] | {"batch_tokens": batch}} | made_by)

@@ -1,6 +1,8 @@
 """The whole pipeline in miniature through run_all.sh: uninterrupted, killed and resumed, skipped, and given bad input."""
+import collections
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -135,16 +137,36 @@ def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
     run = tmp_path / "killed"
     kill_during(run, "base", 12)
     kill_during(run, "rl", 2)
+    (run / "metrics" / ".rl.jsonl.7.tmp").write_text("half a fi")      # killed while writing
+    (run / "rl" / ".step_00000003.tmp").mkdir(exist_ok=True)           # and in the middle of a save
     done = run_all(MINIATURE, "--run", run)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "[6/8] rl: resume, it was interrupted" in done.stdout
     assert list((run / "notebooks").glob("base.attempt1.ipynb")), "the earlier attempt's notebook is kept"
     for path in (run / "notebooks").glob("*.ipynb"):
         json.loads(path.read_text())
+    assert [p.name for p in run.rglob(".*")] == [".lock"], "what a kill left is cleared up"
     expected, got = results(finished), results(run)
     assert expected.keys() == got.keys()
     for name in expected:
         assert expected[name] == got[name], f"{name} differs from the uninterrupted run's"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stage, moment", [("base", "in a save"), ("sft", "in a step"), ("rl", "while starting")])
+def test_killed_at_a_random_moment(finished, tmp_path, monkeypatch, stage, moment):
+    """The short form of benchmarks/kills.py: a process of each stage is killed, the same command follows."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import kills
+    from nanochat_nb.launch import load_preset
+    values = {name: {"eval_every": 1, **p} for name, p in load_preset(MINIATURE).items() if name in kills.SETTINGS}
+    monkeypatch.setattr(kills, "SETTINGS", values)
+    monkeypatch.setattr(kills, "command", lambda run, name, processes: command(
+        str(MINIATURE), "--run", str(run), "--until", name))
+    tally = collections.Counter()
+    kills.trial(finished, tmp_path / "killed", stage, 1, [(moment, "the process that trains")],
+                random.Random(f"{stage} 0"), tally, [])
+    assert [key[1:] for key in tally] == [("the process that trains", stage)]
 
 
 def test_another_parameter_runs_that_stage_and_those_after_it(finished, tmp_path):

@@ -13,7 +13,8 @@ import torch
 import nanochat_nb.pretraining as pretraining
 import nanochat_nb.rl as rl
 import nanochat_nb.sft as sft
-from nanochat_nb.checkpoint import list_checkpoints, load_checkpoint
+from nanochat_nb.checkpoint import list_checkpoints, load_checkpoint, step_of
+from nanochat_nb.loader import batch_documents, in_words, open_shards
 from nanochat_nb.runtime import UserError
 from nanochat_nb.tokenizer import run_tokenizer
 
@@ -168,20 +169,84 @@ def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-4):
             assert x[key] == pytest.approx(y[key], abs=tolerance), (key, x["step"])
 
 
-def test_nan_stops_with_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
-    folder = copy_before(whole, "base", tmp_path)
-    original, calls = pretraining.accumulate, []
+@pytest.mark.parametrize("stage", STAGES)
+def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(whole, tmp_path, monkeypatch, stage):
+    """And the same command, with the cause gone, ends as the run that had no trouble."""
+    run_stage, options, module = STAGES[stage]
+    folder, name = copy_before(whole, stage, tmp_path), "policy_gradient" if stage == "rl" else "accumulate"
+    original, calls = getattr(module, name), []
 
     def poisoned(*args, **kwargs):
         calls.append(1)
-        return float("nan") if len(calls) == 6 else original(*args, **kwargs)
+        return float("nan") if len(calls) == 4 else original(*args, **kwargs)
 
-    monkeypatch.setattr(pretraining, "accumulate", poisoned)
-    with pytest.raises(UserError, match="nan at step 5.*step_00000004"):
-        pretraining.run_base(run=str(folder), **BASE)
-    monkeypatch.setattr(pretraining, "accumulate", original)
-    pretraining.run_base(run=str(folder), **BASE)
-    assert_same_weights(whole, folder, "base")
+    monkeypatch.setattr(module, name, poisoned)
+    with pytest.raises(UserError) as told:
+        run_stage(run=str(folder), **options)
+    monkeypatch.setattr(module, name, original)
+    step = max(row["step"] for row in rows(folder, stage) if "loss" in row) + 1
+    last = step_of(list_checkpoints(folder / stage)[-1])
+    assert f"became nan at step {step}, whose batch is made of " in str(told.value)
+    assert f"last good checkpoint is step_{last:08d}" in str(told.value) and step - 2 <= last <= step
+    if stage == "base":
+        made_of = batch_documents(open_shards(folder / "tokens" / "train"), step, rows=4, sequence_len=192)
+        assert in_words(made_of) in str(told.value)
+    else:
+        assert "letters: " in str(told.value) or "choice: " in str(told.value)
+    run_stage(run=str(folder), **options)
+    assert_same_weights(whole, folder, stage)
+
+
+def test_an_exploding_loss_stops(whole, tmp_path):
+    """A thousand times the learning rate; at the right one (`whole`) no step came near the limit."""
+    folder = copy_before(whole, "base", tmp_path)
+    with pytest.raises(UserError, match=r"the loss became [\d.]+ at step \d+, whose batch is made of shard_00000.bin: "):
+        pretraining.run_base(run=str(folder), **BASE | dict(steps=30, lr_scale=1000, eval_every=0))
+    limit = pretraining.hopeless(512)
+    assert all(row["loss"] < 0.6 * limit for stage in ("base", "sft") for row in rows(whole, stage) if "loss" in row)
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training as t
+from nanochat_nb.checkpoint import latest_checkpoint
+from nanochat_nb.pretraining import run_base
+from nanochat_nb.runtime import UserError
+folder = Path({folder!r})
+(folder / "base").mkdir()
+mount = ["mount", "-t", "tmpfs", "none", str(folder / "base"), "-o"]
+subprocess.run([*mount, "size={size}"], check=True)
+try:
+    run_base(run=str(folder), **t.BASE)
+    raise SystemExit("the disk should have been full")
+except UserError as error:
+    assert "Free some space" in str(error), error
+assert sorted(p.name for p in (folder / "base").iterdir()) == ["step_00000002", "step_00000004"]
+assert latest_checkpoint(folder / "base").name == "step_00000004"
+subprocess.run([*mount, "remount,size=1g"], check=True)
+run_base(run=str(folder), **t.BASE)
+t.assert_same_weights(Path({whole!r}), folder, "base")
+"""
+
+
+def test_a_full_disk(whole, tmp_path):
+    """A file system with room for two checkpoints and a half: the third save fails, the two are whole, and with more
+    room the run goes on."""
+    for private in (["unshare", "--mount"], ["unshare", "--mount", "--map-root-user"]):
+        trial = shutil.which("unshare") and subprocess.run([*private, "mount", "-t", "tmpfs", "none", str(tmp_path)],
+                                                           capture_output=True, text=True)
+        if trial and trial.returncode == 0:
+            break
+    else:
+        pytest.skip(f"no file system can be mounted here: {trial.stderr.strip() if trial else 'there is no unshare'}")
+    size = sum(p.stat().st_size for p in list_checkpoints(whole / "base")[0].iterdir())
+    folder, script = copy_before(whole, "base", tmp_path / "run"), tmp_path / "full.py"
+    script.write_text(FULL.format(tests=str(Path(__file__).parent), folder=str(folder), whole=str(whole),
+                                  size=int(2.6 * size)), "utf-8")
+    done = subprocess.run([*private, sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -246,22 +311,22 @@ for stage in {stages!r}:
 """
 
 
-def on_two_ranks(folder: Path, stages: list[str]) -> None:
+def stages_on_ranks(folder: Path, stages: list[str], ranks: int = 2) -> None:
     script = folder / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), stages=stages, folder=str(folder)), "utf-8")
-    on_ranks(script)
+    on_ranks(script, ranks)
 
 
-def on_ranks(script: Path) -> None:
-    """Run a script on two gloo ranks."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+def on_ranks(script: Path, ranks: int = 2) -> None:
+    """Run a script on gloo ranks."""
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)],
                    check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
 def test_two_ranks_are_one_run(whole, tmp_path):
     """Same losses to 1e-4 on two gloo ranks; then one rank goes on from the two ranks' checkpoint."""
     folder = copy_before(whole, "base", tmp_path)
-    on_two_ranks(folder, ["base", "sft"])
+    stages_on_ranks(folder, ["base", "sft"])
     for stage in ("base", "sft"):
         assert_close(rows(whole, stage), rows(folder, stage))
     for path in list_checkpoints(folder / "base"):
@@ -271,10 +336,27 @@ def test_two_ranks_are_one_run(whole, tmp_path):
     assert_close(rows(whole, "base"), rows(folder, "base"))
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (4, 2)])
+def test_resumed_on_other_ranks(whole, tmp_path, before, after):
+    """Begun on so many ranks and ended on others: the losses of one rank, to 1e-4."""
+    folder = copy_before(whole, "base", tmp_path)
+    if before == 1:
+        for name in ("base", "tokens", "metrics"):
+            shutil.copytree(whole / name, folder / name)
+    else:
+        stages_on_ranks(folder, ["base"], before)
+    for path in list_checkpoints(folder / "base"):
+        if step_of(path) > 4:
+            shutil.rmtree(path)
+    stages_on_ranks(folder, ["base"], after)
+    assert json.loads((folder / "base" / "summary.json").read_text())["world_size"] == after
+    assert_close(rows(whole, "base"), rows(folder, "base"))
+
+
 def test_rl_on_two_ranks(whole, tmp_path):
     """Each rank answers every second question with the random numbers that question has anywhere."""
     folder = copy_before(whole, "rl", tmp_path)
-    on_two_ranks(folder, ["rl"])
+    stages_on_ranks(folder, ["rl"])
     one, two = rows(whole, "rl"), rows(folder, "rl")
     assert [r for r in one if r["step"] == 0] == [pytest.approx(r, abs=1e-4) for r in two if r["step"] == 0]
     assert len(one) == len(two)
