@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,9 +30,9 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
-           'BatchCache', 'RowCache', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python',
-           'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
-           'chat_prompt', 'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
+           'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch',
+           'run_python', 'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine',
+           'RecordedStep', 'chat_prompt', 'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -155,44 +156,60 @@ class RowCache(BatchCache):
         self.ends = [end + 1 for end in self.ends]
         self.lengths = None
 
+# %% ../nbs/08_inference.ipynb #dials-of-a-batch
+class Dial(NamedTuple):
+    """How one row's tokens are drawn."""
+    temperature: float = 1.0                                 # 0: always the likeliest
+    top_k: int = 0                                           # 0: off
+    top_p: float = 1.0                                       # 1: off
+
+
+class Dials:
+    """The dials of B rows: tensors (B,) to compute with, and what Python must know without asking
+    them."""
+
+    def __init__(self, rows: Sequence[Dial], device: torch.device | str = "cpu"):
+        self.temperature, self.top_k, self.top_p = (torch.tensor(column, device=device)
+                                                    for column in zip(*rows))
+        self.greedy = all(row.temperature <= 0 for row in rows)
+        self.most = max(row.top_k for row in rows)
+        self.nucleus = any(row.top_p < 1 for row in rows)
+
 # %% ../nbs/08_inference.ipynb #kept-probabilities
-def kept_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def kept_probabilities(logits: Tensor, dials: Dials) -> Tensor:
     """Weights (B, vocab) that sampling may choose by: probabilities, 0 where the dials forbid a
     token.
 
-    logits (B, vocab) float32; temperature, top_k (0: off) and top_p (1: off) are (B,). top_p acts
-    on what top_k left.
-    Tokens that tie with the last one kept are kept.
+    logits (B, vocab) float32. top_p acts on what top_k left. Tokens that tie with the last one
+    kept are kept.
     """
-    logits = logits / temperature.clamp(min=1e-6)[:, None]
-    size = logits.size(-1)
-    most = int(top_k.max())
-    if most > 0:
-        k = torch.where(top_k > 0, top_k, size).clamp(max=size)[:, None]
-        kth = logits.topk(min(most, size)).values.gather(1, (k - 1).clamp(max=most - 1))
+    temperature = torch.where(dials.temperature <= 0, 1.0, dials.temperature).clamp(min=1e-6)
+    logits, size = logits / temperature[:, None], logits.size(-1)
+    if dials.most > 0:
+        k = torch.where(dials.top_k > 0, dials.top_k, size).clamp(max=size)[:, None]
+        likeliest = logits.topk(min(dials.most, size)).values
+        kth = likeliest.gather(1, (k - 1).clamp(max=likeliest.size(1) - 1))
         logits = logits.masked_fill((logits < kth) & (k < size), -torch.inf)
     weights = logits.softmax(-1)
-    if float(top_p.min()) < 1:
+    if dials.nucleus:
+        top_p = dials.top_p[:, None]
         likeliest = weights.sort(-1, descending=True).values
-        inside = likeliest.cumsum(-1) - likeliest < top_p[:, None]  # what is likelier leaves room
+        inside = likeliest.cumsum(-1) - likeliest < top_p    # what is likelier leaves room
         smallest = likeliest.masked_fill(~inside, 2).amin(-1, keepdim=True)
-        weights = weights.masked_fill((weights < smallest) & (top_p < 1)[:, None], 0)
+        weights = weights.masked_fill((weights < smallest) & (top_p < 1), 0)
     return weights
 
 # %% ../nbs/08_inference.ipynb #choose
-def choose(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor,
-           top_p: Tensor) -> Tensor:
+def choose(logits: Tensor, uniform: Tensor, dials: Dials) -> Tensor:
     """A token id per row (B,): the likeliest where temperature is 0, else drawn by `uniform` (B,)
-    in [0, 1), float64."""
-    greedy = temperature <= 0
-    if bool(greedy.all()):
+    in [0, 1), float64. Never waits for a GPU."""
+    if dials.greedy:
         return logits.argmax(-1)
-    weights = kept_probabilities(logits, torch.where(greedy, 1.0, temperature), top_k, top_p)
-    passed = weights.to(search_device(logits.device)).double().cumsum(-1)
+    passed = kept_probabilities(logits, dials).to(search_device(logits.device)).double().cumsum(-1)
     total, uniform = passed[:, -1:], uniform.to(passed.device)
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    drawn = torch.searchsorted(passed, target, right=True)[:, 0]
-    return torch.where(greedy, logits.argmax(-1), drawn.to(logits.device))
+    drawn = torch.searchsorted(passed, target, right=True)[:, 0].to(logits.device)
+    return torch.where(dials.temperature <= 0, logits.argmax(-1), drawn)
 
 # %% ../nbs/08_inference.ipynb #search-device
 def search_device(device: torch.device) -> torch.device:
@@ -270,9 +287,7 @@ class Request:
     number: int
     prompt: tuple[int, ...]
     limit: int                                               # at most so many new tokens
-    temperature: float
-    top_k: int                                               # 0: off
-    top_p: float                                             # 1: off
+    dial: Dial
     tools: str | None
     uniforms: list[float]
     watch: ToolWatch | None
@@ -373,8 +388,8 @@ class Engine:
                tools: bool | str = True, sample: int = 0) -> int:
         """Queue one answer and return its request number. Raises UserError for a prompt or a dial
         that cannot work."""
-        return _submit(self, prompt, max_new_tokens, temperature, top_k or 0,
-                       1.0 if top_p is None else top_p, seed, check_tools(tools), sample).number
+        dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p)
+        return _submit(self, prompt, max_new_tokens, dial, seed, check_tools(tools), sample)
 
     def cancel(self, request: int) -> None:
         """End a request now; its last event says "cancelled". A number that is not running is
@@ -388,14 +403,11 @@ class Engine:
         events, self._events = list(self._events.values()), {}
         return events
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 seed: int | Sequence[int] = 0, num_samples: int = 1,
-                 tools: bool | str = True) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt. A list of seeds gives each prompt its own."""
-        return _generate(self, prompts, max_new_tokens, num_samples, seed,
-                         dict(temperature=temperature, top_k=top_k or 0,
-                              top_p=1.0 if top_p is None else top_p, tools=check_tools(tools)))
+    def generate(self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
+                 seed: int | Sequence[int] = 0, **options) -> list[list[Completion]]:
+        """`num_samples` completions of each prompt; options as for `submit`. A list of seeds gives
+        each prompt its own."""
+        return _generate(self, prompts, num_samples, seed, options)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
         """The token ids of one answer as they come; options as for `submit`. Closing the iterator
@@ -412,25 +424,25 @@ def _advance(engine: Engine) -> None:
         _decode(engine)
 
 
-def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperature: float,
-            top_k: int, top_p: float, seed: int, tools: str | None, sample: int) -> Request:
-    """A new request at the end of the queue."""
+def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Dial, seed: int,
+            tools: str | None, sample: int) -> int:
+    """The number of a new request, now at the end of the queue."""
     prompt = tuple(int(i) for i in prompt)
-    _check_request(engine, prompt, max_new_tokens, temperature, top_k, top_p)
+    _check_request(engine, prompt, max_new_tokens, dial)
     if not engine.busy:
         engine.refresh()
     limit = min(max_new_tokens, engine.max_len - len(prompt))
-    uniforms = [] if temperature == 0 else torch.rand(
+    uniforms = [] if dial.temperature == 0 else torch.rand(
         limit, generator=generator(seed, "sample", sample, *prompt), dtype=torch.float64).tolist()
     engine._numbers += 1
-    request = Request(engine._numbers, prompt, limit, temperature, top_k, top_p, tools,
-                      uniforms or [0.0] * limit, ToolWatch(engine.tokenizer) if tools else None)
-    engine.waiting.append(request)
-    return request
+    engine.waiting.append(
+        Request(engine._numbers, prompt, limit, dial, tools, uniforms or [0.0] * limit,
+                ToolWatch(engine.tokenizer) if tools else None))
+    return engine._numbers
 
 # %% ../nbs/08_inference.ipynb #check-request
 def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
-                   temperature: float, top_k: int, top_p: float) -> None:
+                   dial: Dial) -> None:
     size = engine.source.config.vocab_size
     if not prompt:
         raise UserError("the prompt is empty: begin with at least <|bos|>")
@@ -441,9 +453,10 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
     if not 0 <= min(prompt) <= max(prompt) < size:
         raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: "
                         "made by another tokenizer?")
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
+    if (max_new_tokens < 1 or not 0 <= dial.temperature < float("inf") or dial.top_k < 0
+            or not 0 < dial.top_p <= 1):
         raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and "
-                        f"0 < top_p <= 1, not {max_new_tokens}, {temperature}, {top_k} and {top_p}")
+                        f"0 < top_p <= 1, not {max_new_tokens} and {dial}")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
@@ -470,12 +483,11 @@ def _admit(engine: Engine) -> None:
 # %% ../nbs/08_inference.ipynb #first-tokens
 def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     logits = torch.stack([engine.prefixes[r.prompt][1] for r in entering])
-    for request, token in zip(entering, _choose(entering, logits, _dials(entering, logits.device))):
-        call = _take(engine, request, token)
-        snapshot = engine.prefixes[request.prompt][0]
-        parked = _start_tool(engine, request, call, lambda s=snapshot: s)
-        if request.finish_reason is None and not parked:
-            _enter(engine, request, snapshot)
+    dials = Dials([r.dial for r in entering], logits.device)
+    for request, token in zip(entering, _choose(entering, logits, dials)):
+        _take(engine, request, token)
+        if request.finish_reason is None:
+            _enter(engine, request, engine.prefixes[request.prompt][0])
 
 
 def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
@@ -483,18 +495,10 @@ def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
     engine.rows.append(request)
     engine._plan = None
 
-# %% ../nbs/08_inference.ipynb #dials
-def _dials(requests: list[Request], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """temperature, top_k and top_p of the requests, (B,) each."""
-    return (torch.tensor([r.temperature for r in requests], device=device),
-            torch.tensor([r.top_k for r in requests], device=device),
-            torch.tensor([r.top_p for r in requests], device=device))
-
-
-def _choose(requests: list[Request], logits: Tensor,
-            dials: tuple[Tensor, Tensor, Tensor]) -> list[int]:
+# %% ../nbs/08_inference.ipynb #choose-for-rows
+def _choose(requests: list[Request], logits: Tensor, dials: Dials) -> list[int]:
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
-    return choose(logits, uniform, *dials).tolist()
+    return choose(logits, uniform, dials).tolist()
 
 # %% ../nbs/08_inference.ipynb #recorded-step
 class RecordedStep:
@@ -570,7 +574,7 @@ def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
-    engine._plan = engine._plan or _dials(rows, cache.store.device)
+    engine._plan = engine._plan or Dials([r.dial for r in rows], cache.store.device)
     feed = torch.tensor([r.ids[-1] for r in rows], device=cache.store.device)[:, None]
     logits = _step_logits(engine, feed)
     gone = []
@@ -647,8 +651,8 @@ def _cancel(engine: Engine, number: int) -> None:
                 _leave(engine, engine.rows.index(request))
 
 # %% ../nbs/08_inference.ipynb #generate
-def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-              num_samples: int, seed: int | Sequence[int], dials: dict) -> list[list[Completion]]:
+def _generate(engine: Engine, prompts: Sequence[Sequence[int]], num_samples: int,
+              seed: int | Sequence[int], options: dict) -> list[list[Completion]]:
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts) or num_samples < 1:
         raise UserError(f"{len(seeds)} seeds and {num_samples} samples for {len(prompts)} "
@@ -658,8 +662,8 @@ def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: 
         for prompt, s in zip(prompts, seeds):
             requests.append([])
             for i in range(num_samples):
-                requests[-1].append(_submit(engine, prompt, max_new_tokens, seed=s, sample=i,
-                                            **dials))
+                engine.submit(prompt, seed=s, sample=i, **options)
+                requests[-1].append(engine.waiting[-1])
         _run_until_done(engine, [r for group in requests for r in group])
     finally:
         for request in (r for group in requests for r in group):

@@ -80,8 +80,8 @@ def test_the_search_runs_where_float64_is(monkeypatch):
     monkeypatch.setattr(inference, "search_device", lambda device: (asked.append(device), device)[1])
     real = torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "double", lambda t: real(t) if asked else pytest.fail("float64 on the logits' device"))
-    one = torch.ones(1)
-    assert inference.choose(torch.zeros(1, 4), one.to(torch.float64) * 0.6, one, one.long() * 0, one).tolist() == [2]
+    u = torch.tensor([0.6], dtype=torch.float64)
+    assert inference.choose(torch.zeros(1, 4), u, inference.Dials([inference.Dial()])).tolist() == [2]
     assert asked
 
 
