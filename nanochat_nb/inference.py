@@ -162,6 +162,7 @@ class Dial(NamedTuple):
     temperature: float = 1.0                                 # 0: always the likeliest
     top_k: int = 0                                           # 0: off
     top_p: float = 1.0                                       # 1: off
+    min_p: float = 0.0                                       # 0: off
 
 
 class Dials:
@@ -169,19 +170,20 @@ class Dials:
     them."""
 
     def __init__(self, rows: Sequence[Dial], device: torch.device | str = "cpu"):
-        self.temperature, self.top_k, self.top_p = (torch.tensor(column, device=device)
-                                                    for column in zip(*rows))
+        self.temperature, self.top_k, self.top_p, self.min_p = (
+            torch.tensor(column, device=device) for column in zip(*rows))
         self.greedy = all(row.temperature <= 0 for row in rows)
         self.most = max(row.top_k for row in rows)
         self.nucleus = any(row.top_p < 1 for row in rows)
+        self.bar = any(row.min_p > 0 for row in rows)
 
 # %% ../nbs/08_inference.ipynb #kept-probabilities
 def kept_probabilities(logits: Tensor, dials: Dials) -> Tensor:
     """Weights (B, vocab) that sampling may choose by: probabilities, 0 where the dials forbid a
     token.
 
-    logits (B, vocab) float32. top_p acts on what top_k left. Tokens that tie with the last one
-    kept are kept.
+    logits (B, vocab) float32. top_p acts on what top_k left, min_p on what is left then. Tokens
+    that tie with the last one kept are kept.
     """
     temperature = torch.where(dials.temperature <= 0, 1.0, dials.temperature).clamp(min=1e-6)
     logits, size = logits / temperature[:, None], logits.size(-1)
@@ -197,6 +199,9 @@ def kept_probabilities(logits: Tensor, dials: Dials) -> Tensor:
         inside = likeliest.cumsum(-1) - likeliest < top_p    # what is likelier leaves room
         smallest = likeliest.masked_fill(~inside, 2).amin(-1, keepdim=True)
         weights = weights.masked_fill((weights < smallest) & (top_p < 1), 0)
+    if dials.bar:
+        bar = weights.amax(-1, keepdim=True) * dials.min_p[:, None]
+        weights = weights.masked_fill(weights < bar, 0)
     return weights
 
 # %% ../nbs/08_inference.ipynb #choose
@@ -384,11 +389,11 @@ class Engine:
         return bool(self.waiting or self.rows or self.parked)
 
     def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-               tools: bool | str = True, sample: int = 0) -> int:
+               top_k: int | None = None, top_p: float | None = None,
+               min_p: float = 0.0, seed: int = 0, tools: bool | str = True, sample: int = 0) -> int:
         """Queue one answer and return its request number. Raises UserError for a prompt or a dial
         that cannot work."""
-        dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p)
+        dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
         return _submit(self, prompt, max_new_tokens, dial, seed, check_tools(tools), sample)
 
     def cancel(self, request: int) -> None:
@@ -454,9 +459,9 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
         raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: "
                         "made by another tokenizer?")
     if (max_new_tokens < 1 or not 0 <= dial.temperature < float("inf") or dial.top_k < 0
-            or not 0 < dial.top_p <= 1):
-        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and "
-                        f"0 < top_p <= 1, not {max_new_tokens} and {dial}")
+            or not 0 < dial.top_p <= 1 or not 0 <= dial.min_p <= 1):
+        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
+                        f"0 <= min_p <= 1, not {max_new_tokens} and {dial}")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
@@ -849,6 +854,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="0 always takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="0 turns it off")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 turns it off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tools", default="calculator", choices=["calculator", "python", "none"])
     parser.add_argument("--device", default="",
@@ -863,7 +869,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = best_stage(run)
     stage = a.stage or best
     model, tokenizer, _ = load_model(run, stage=stage, device=a.device or None)
-    dials = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    dials = {k: getattr(a, k)
+             for k in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")}
     if a.prompt is None:
         print(f"{a.run}, stage {stage}. /new begins anew, /quit leaves.", file=sys.stderr)
     chat(Engine(model, tokenizer, max_batch=1), stage, prompt=a.prompt,

@@ -115,7 +115,7 @@ def test_finish_reasons_limits_and_cancel(tok):
 
 
 @pytest.mark.parametrize("prompt, options, message", [
-    ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"),
+    ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"), ([1], {"min_p": 1.5}, "min_p"),
     ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
     ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
 def test_bad_requests(tok, prompt, options, message):
