@@ -31,8 +31,9 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
            'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch',
-           'run_python', 'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine',
-           'RecordedStep', 'chat_prompt', 'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
+           'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts', 'StopWatch', 'Completion',
+           'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep', 'chat_prompt', 'run_folder', 'best_stage',
+           'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -269,6 +270,58 @@ def check_tools(tools: bool | str) -> str | None:
                         "install bubblewrap, or use tools='calculator'")
     return tools
 
+# %% ../nbs/08_inference.ipynb #textstream
+_KINDS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
+_ENDS = ("<|python_end|>", "<|output_end|>")
+
+
+class TextStream:
+    """Turns token ids into pieces `(kind, text)`; kind is "text", "python" or "python_output"."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.kind = tokenizer, "text"
+        kinds = _KINDS | dict.fromkeys(_ENDS, "text")
+        self.changes = {tokenizer.special(name): kind for name, kind in kinds.items()}
+        self.silent = {tokenizer.special(n) for n in ("<|bos|>", "<|user_start|>", "<|user_end|>",
+                                                      "<|assistant_start|>", "<|assistant_end|>")}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> tuple[str, str]:
+        """The piece that is certain after `token`; its text may be empty."""
+        if token in self.changes or token in self.silent:
+            piece = self.kind, self.decoder.decode(b"", final=True)
+            self.decoder.reset()
+            self.kind = self.changes.get(token, "text")
+            return piece
+        return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
+
+# %% ../nbs/08_inference.ipynb #completion-parts
+def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
+    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
+    "text": str}, …]`."""
+    stream, parts = TextStream(tokenizer), []
+    for kind, text in [*map(stream.feed, ids), stream.feed(tokenizer.special("<|assistant_end|>"))]:
+        if text and parts and parts[-1]["type"] == kind:
+            parts[-1]["text"] += text
+        elif text:
+            parts.append({"type": kind, "text": text})
+    return parts
+
+# %% ../nbs/08_inference.ipynb #stopwatch
+class StopWatch:
+    """Watches one row's text for strings at which it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        self.stream, self.strings, self.text = TextStream(tokenizer), strings, ""
+        self.keep = max(map(len, strings)) - 1               # so many characters may begin one
+
+    def see(self, token: int) -> bool:
+        """Whether `token` completes one of the strings."""
+        kind, new = self.stream.feed(token)
+        text = self.text + new if kind == "text" else ""
+        self.text = text[max(0, len(text) - self.keep):]
+        return any(string in text for string in self.strings)
+
 # %% ../nbs/08_inference.ipynb #completion
 @dataclass
 class Completion:
@@ -296,18 +349,21 @@ class Request:
     tools: str | None
     uniforms: list[float]
     watch: ToolWatch | None
+    stops: frozenset[int] = frozenset()                      # chosen, one of these ends the answer
+    ends: StopWatch | None = None
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     finish_reason: str | None = None
 
-    def take(self, sampled: int, stops: frozenset[int]) -> str | None:
+    def take(self, sampled: int) -> str | None:
         """Append the forced token that is due, or else `sampled`; the text of a tool call that it
         completes."""
         self.mask.append(0 if self.forced else 1)
         token = self.forced.popleft() if self.forced else sampled
         self.ids.append(token)
-        if token in stops and self.mask[-1]:
+        completed = self.ends is not None and self.ends.see(token)
+        if completed or token in self.stops and self.mask[-1]:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.limit:
             self.finish_reason = "length"
@@ -390,11 +446,15 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None,
-               min_p: float = 0.0, seed: int = 0, tools: bool | str = True, sample: int = 0) -> int:
-        """Queue one answer and return its request number. Raises UserError for a prompt or a dial
-        that cannot work."""
+               min_p: float = 0.0, stop: Sequence[str | int] = (), seed: int = 0,
+               tools: bool | str = True, sample: int = 0) -> int:
+        """Queue one answer and return its request number.
+
+        `stop`: strings and token ids that end it, besides <|assistant_end|> and <|bos|>; the token
+        that completes one is its last. Raises UserError for a prompt or a dial that cannot work.
+        """
         dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
-        return _submit(self, prompt, max_new_tokens, dial, seed, check_tools(tools), sample)
+        return _submit(self, prompt, max_new_tokens, dial, list(stop), seed, check_tools(tools), sample)
 
     def cancel(self, request: int) -> None:
         """End a request now; its last event says "cancelled". A number that is not running is
@@ -429,25 +489,28 @@ def _advance(engine: Engine) -> None:
         _decode(engine)
 
 
-def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Dial, seed: int,
-            tools: str | None, sample: int) -> int:
+def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Dial,
+            stop: list[str | int], seed: int, tools: str | None, sample: int) -> int:
     """The number of a new request, now at the end of the queue."""
     prompt = tuple(int(i) for i in prompt)
-    _check_request(engine, prompt, max_new_tokens, dial)
+    _check_request(engine, prompt, max_new_tokens, dial, stop)
     if not engine.busy:
         engine.refresh()
     limit = min(max_new_tokens, engine.max_len - len(prompt))
     uniforms = [] if dial.temperature == 0 else torch.rand(
         limit, generator=generator(seed, "sample", sample, *prompt), dtype=torch.float64).tolist()
     engine._numbers += 1
+    strings = [s for s in stop if isinstance(s, str)]
     engine.waiting.append(
         Request(engine._numbers, prompt, limit, dial, tools, uniforms or [0.0] * limit,
-                ToolWatch(engine.tokenizer) if tools else None))
+                ToolWatch(engine.tokenizer) if tools else None,
+                engine.stops.union(s for s in stop if isinstance(s, int)),
+                StopWatch(engine.tokenizer, strings) if strings else None))
     return engine._numbers
 
 # %% ../nbs/08_inference.ipynb #check-request
 def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
-                   dial: Dial) -> None:
+                   dial: Dial, stop: list[str | int]) -> None:
     size = engine.source.config.vocab_size
     if not prompt:
         raise UserError("the prompt is empty: begin with at least <|bos|>")
@@ -460,8 +523,10 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
                         "made by another tokenizer?")
     if (max_new_tokens < 1 or not 0 <= dial.temperature < float("inf") or dial.top_k < 0
             or not 0 < dial.top_p <= 1 or not 0 <= dial.min_p <= 1):
-        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
-                        f"0 <= min_p <= 1, not {max_new_tokens} and {dial}")
+        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1 "
+                        f"and 0 <= min_p <= 1, not {max_new_tokens} and {dial}")
+    if not all(isinstance(s, int) or isinstance(s, str) and s for s in stop):
+        raise UserError(f"stop={stop} must hold token ids and strings that are not empty")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
@@ -593,7 +658,7 @@ def _decode(engine: Engine) -> None:
 
 # %% ../nbs/08_inference.ipynb #take
 def _take(engine: Engine, request: Request, token: int) -> str | None:
-    call = request.take(token, engine.stops)
+    call = request.take(token)
     event = engine._events.setdefault(request.number, Event(request.number, []))
     event.ids.append(request.ids[-1])
     event.finish_reason = request.finish_reason
@@ -713,43 +778,6 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *,
             return ids, dropped
     raise UserError(f"the last message has {len(ids)} tokens and there is room for {max_len}: "
                     "shorten it")
-
-# %% ../nbs/08_inference.ipynb #textstream
-_KINDS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
-_ENDS = ("<|python_end|>", "<|output_end|>")
-
-
-class TextStream:
-    """Turns token ids into pieces `(kind, text)`; kind is "text", "python" or "python_output"."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.kind = tokenizer, "text"
-        kinds = _KINDS | dict.fromkeys(_ENDS, "text")
-        self.changes = {tokenizer.special(name): kind for name, kind in kinds.items()}
-        self.silent = {tokenizer.special(n) for n in ("<|bos|>", "<|user_start|>", "<|user_end|>",
-                                                      "<|assistant_start|>", "<|assistant_end|>")}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: int) -> tuple[str, str]:
-        """The piece that is certain after `token`; its text may be empty."""
-        if token in self.changes or token in self.silent:
-            piece = self.kind, self.decoder.decode(b"", final=True)
-            self.decoder.reset()
-            self.kind = self.changes.get(token, "text")
-            return piece
-        return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
-
-# %% ../nbs/08_inference.ipynb #completion-parts
-def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
-    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
-    "text": str}, …]`."""
-    stream, parts = TextStream(tokenizer), []
-    for kind, text in [*map(stream.feed, ids), stream.feed(tokenizer.special("<|assistant_end|>"))]:
-        if text and parts and parts[-1]["type"] == kind:
-            parts[-1]["text"] += text
-        elif text:
-            parts.append({"type": kind, "text": text})
-    return parts
 
 # %% ../nbs/08_inference.ipynb #best-stage
 STAGES = ("rl", "sft", "base")                               # best first

@@ -117,7 +117,7 @@ def test_finish_reasons_limits_and_cancel(tok):
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"), ([1], {"min_p": 1.5}, "min_p"),
     ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
-    ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
+    ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
 def test_bad_requests(tok, prompt, options, message):
     engine = Engine(make_model(), tok)
     with pytest.raises(UserError, match=message):
@@ -167,6 +167,18 @@ def test_tools_are_forced_and_masked(tok, monkeypatch):
     forced = [t for t, m in zip(good.ids, good.mask) if not m]
     assert forced == inference.forced_ids(tok, "42")
     assert all(nonsense.mask) and all(empty.mask)
+
+
+def test_own_stops_end_an_answer(tok, monkeypatch):
+    s = tok.special
+    script = [*tok.encode("one two"), s("<|python_start|>"), *tok.encode("6*7"), s("<|python_end|>"), *tok.encode(" 42 XYZ six")]
+    monkeypatch.setattr(inference, "_choose", scripted({(1,): script}))
+    write = lambda *stop: silent(Engine(make_model(), tok)).generate([[1]], max_new_tokens=50, stop=stop)[0][0]
+    at_string, at_token = write("XYZ"), write(s("<|python_end|>"), "never said")
+    assert at_string.finish_reason == at_token.finish_reason == "stop"
+    assert tok.decode(at_string.ids).endswith("<|output_end|> 42 XYZ") and at_token.ids[-1] == s("<|python_end|>")
+    assert tok.decode(write("42").ids).endswith(" 42")       # not the 42 that the calculator printed
+    assert write(s("<|output_end|>")).finish_reason == "length"              # forced, not chosen
 
 
 @pytest.mark.skipif(isolation() is None, reason="no sandbox works on this machine")
