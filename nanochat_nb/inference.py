@@ -31,9 +31,9 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
            'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch',
-           'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts', 'StopWatch', 'Completion',
-           'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep', 'chat_prompt', 'run_folder', 'best_stage',
-           'chat', 'main']
+           'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts', 'StopWatch', 'Logprob',
+           'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep', 'chat_prompt', 'run_folder',
+           'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -323,12 +323,19 @@ class StopWatch:
         return any(string in text for string in self.strings)
 
 # %% ../nbs/08_inference.ipynb #completion
+class Logprob(NamedTuple):
+    """The logarithm of a token's probability, and the likeliest tokens with theirs, best first."""
+    chosen: float
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class Completion:
     """One answer. `mask` is 1 where the model chose the token, 0 where a tool forced it."""
     ids: list[int]
     mask: list[int]
     finish_reason: str                                       # "stop", "length" or "cancelled"
+    logprobs: list[Logprob] = field(default_factory=list)    # one for each token, if asked for
 
 
 @dataclass
@@ -337,6 +344,7 @@ class Event:
     request: int
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
 # %% ../nbs/08_inference.ipynb #request
 @dataclass(eq=False)
@@ -351,8 +359,10 @@ class Request:
     watch: ToolWatch | None
     stops: frozenset[int] = frozenset()                      # chosen, one of these ends the answer
     ends: StopWatch | None = None
+    top: int | None = None                                   # likeliest tokens to tell; None: no
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     finish_reason: str | None = None
 
@@ -446,15 +456,20 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None,
-               min_p: float = 0.0, stop: Sequence[str | int] = (), seed: int = 0,
-               tools: bool | str = True, sample: int = 0) -> int:
+               min_p: float = 0.0, stop: Sequence[str | int] = (),
+               logprobs: int | None = None, seed: int = 0, tools: bool | str = True,
+               sample: int = 0) -> int:
         """Queue one answer and return its request number.
 
         `stop`: strings and token ids that end it, besides <|assistant_end|> and <|bos|>; the token
-        that completes one is its last. Raises UserError for a prompt or a dial that cannot work.
+        that completes one is its last. `logprobs`: tell each token's log-probability and those of
+        so many likeliest, as the model gives them, before the dials. Raises UserError for a prompt
+        or a dial that cannot work.
         """
         dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
-        return _submit(self, prompt, max_new_tokens, dial, list(stop), seed, check_tools(tools), sample)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        return _submit(self, prompt, max_new_tokens, dial, stop, logprobs, seed, check_tools(tools),
+                       sample)
 
     def cancel(self, request: int) -> None:
         """End a request now; its last event says "cancelled". A number that is not running is
@@ -490,10 +505,11 @@ def _advance(engine: Engine) -> None:
 
 
 def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Dial,
-            stop: list[str | int], seed: int, tools: str | None, sample: int) -> int:
+            stop: list[str | int], logprobs: int | None, seed: int, tools: str | None,
+            sample: int) -> int:
     """The number of a new request, now at the end of the queue."""
     prompt = tuple(int(i) for i in prompt)
-    _check_request(engine, prompt, max_new_tokens, dial, stop)
+    _check_request(engine, prompt, max_new_tokens, dial, stop, logprobs)
     if not engine.busy:
         engine.refresh()
     limit = min(max_new_tokens, engine.max_len - len(prompt))
@@ -505,12 +521,12 @@ def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Di
         Request(engine._numbers, prompt, limit, dial, tools, uniforms or [0.0] * limit,
                 ToolWatch(engine.tokenizer) if tools else None,
                 engine.stops.union(s for s in stop if isinstance(s, int)),
-                StopWatch(engine.tokenizer, strings) if strings else None))
+                StopWatch(engine.tokenizer, strings) if strings else None, logprobs))
     return engine._numbers
 
 # %% ../nbs/08_inference.ipynb #check-request
 def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
-                   dial: Dial, stop: list[str | int]) -> None:
+                   dial: Dial, stop: list[str | int], logprobs: int | None) -> None:
     size = engine.source.config.vocab_size
     if not prompt:
         raise UserError("the prompt is empty: begin with at least <|bos|>")
@@ -527,6 +543,8 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
                         f"and 0 <= min_p <= 1, not {max_new_tokens} and {dial}")
     if not all(isinstance(s, int) or isinstance(s, str) and s for s in stop):
         raise UserError(f"stop={stop} must hold token ids and strings that are not empty")
+    if logprobs is not None and not 0 <= logprobs <= size:
+        raise UserError(f"logprobs={logprobs} must be from 0 to {size}, the vocabulary")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
@@ -554,8 +572,8 @@ def _admit(engine: Engine) -> None:
 def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     logits = torch.stack([engine.prefixes[r.prompt][1] for r in entering])
     dials = Dials([r.dial for r in entering], logits.device)
-    for request, token in zip(entering, _choose(entering, logits, dials)):
-        _take(engine, request, token)
+    _take_all(engine, entering, logits, dials)
+    for request in entering:
         if request.finish_reason is None:
             _enter(engine, request, engine.prefixes[request.prompt][0])
 
@@ -648,8 +666,7 @@ def _decode(engine: Engine) -> None:
     feed = torch.tensor([r.ids[-1] for r in rows], device=cache.store.device)[:, None]
     logits = _step_logits(engine, feed)
     gone = []
-    for i, (request, token) in enumerate(zip(rows, _choose(rows, logits, engine._plan))):
-        call = _take(engine, request, token)
+    for i, (request, call) in enumerate(zip(rows, _take_all(engine, rows, logits, engine._plan))):
         if request.finish_reason or _start_tool(engine, request, call,
                                                 lambda i=i: cache.snapshot(i)):
             gone.append(i)
@@ -657,11 +674,37 @@ def _decode(engine: Engine) -> None:
         _leave(engine, i)
 
 # %% ../nbs/08_inference.ipynb #take
-def _take(engine: Engine, request: Request, token: int) -> str | None:
+def _take_all(engine: Engine, requests: list[Request], logits: Tensor,
+              dials: Dials) -> list[str | None]:
+    """Give each request its next token; the texts of the tool calls that these complete."""
+    tokens = [r.forced[0] if r.forced else sampled
+              for r, sampled in zip(requests, _choose(requests, logits, dials))]
+    told = _logprobs(requests, tokens, logits)
+    return [_take(engine, r, token, told.get(i))
+            for i, (r, token) in enumerate(zip(requests, tokens))]
+
+
+def _logprobs(requests: list[Request], tokens: list[int], logits: Tensor) -> dict[int, Logprob]:
+    """Row → what the model thought of its token, for the rows that want to know."""
+    rows = [i for i, r in enumerate(requests) if r.top is not None]
+    if not rows:
+        return {}
+    scores = logits[rows].log_softmax(-1)
+    best = scores.topk(max(requests[i].top for i in rows))
+    chosen = scores[range(len(rows)), [tokens[i] for i in rows]].tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist())
+    return {i: Logprob(score, list(zip(*top))[:requests[i].top])
+            for i, score, top in zip(rows, chosen, tops)}
+
+
+def _take(engine: Engine, request: Request, token: int, logprob: Logprob | None) -> str | None:
     call = request.take(token)
     event = engine._events.setdefault(request.number, Event(request.number, []))
-    event.ids.append(request.ids[-1])
+    event.ids.append(token)
     event.finish_reason = request.finish_reason
+    if logprob:
+        request.logprobs.append(logprob)
+        event.logprobs.append(logprob)
     return call
 
 
@@ -739,7 +782,8 @@ def _generate(engine: Engine, prompts: Sequence[Sequence[int]], num_samples: int
         for request in (r for group in requests for r in group):
             engine.cancel(request.number)                    # ignored when it has finished
             engine._events.pop(request.number, None)
-    return [[Completion(r.ids, r.mask, r.finish_reason) for r in group] for group in requests]
+    return [[Completion(r.ids, r.mask, r.finish_reason, r.logprobs) for r in group]
+            for group in requests]
 
 
 def _run_until_done(engine: Engine, ours: list[Request]) -> None:

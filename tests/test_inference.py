@@ -117,7 +117,7 @@ def test_finish_reasons_limits_and_cancel(tok):
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"), ([1], {"min_p": 1.5}, "min_p"),
     ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
-    ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
+    ([1], {"logprobs": -1}, "logprobs"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
 def test_bad_requests(tok, prompt, options, message):
     engine = Engine(make_model(), tok)
     with pytest.raises(UserError, match=message):
@@ -165,6 +165,10 @@ def test_tools_are_forced_and_masked(tok, monkeypatch):
     good, nonsense, empty = (g[0] for g in Engine(make_model(), tok).generate([list(p) for p in scripts], max_new_tokens=50))
     assert "<|output_start|>42<|output_end|>" in tok.decode(good.ids)
     forced = [t for t, m in zip(good.ids, good.mask) if not m]
+    told = Engine(make_model(), tok).generate([[1]], max_new_tokens=50, logprobs=0)[0][0]
+    oracle = make_model()(torch.tensor([[1, *told.ids]])).detach().log_softmax(-1)[0]
+    assert [p.top for p in told.logprobs] == [[]] * len(told.ids)            # forced tokens have theirs too
+    assert [p.chosen for p in told.logprobs] == pytest.approx([float(oracle[i, t]) for i, t in enumerate(told.ids)], abs=1e-4)
     assert forced == inference.forced_ids(tok, "42")
     assert all(nonsense.mask) and all(empty.mask)
 
@@ -174,6 +178,7 @@ def test_own_stops_end_an_answer(tok, monkeypatch):
     script = [*tok.encode("one two"), s("<|python_start|>"), *tok.encode("6*7"), s("<|python_end|>"), *tok.encode(" 42 XYZ six")]
     monkeypatch.setattr(inference, "_choose", scripted({(1,): script}))
     write = lambda *stop: silent(Engine(make_model(), tok)).generate([[1]], max_new_tokens=50, stop=stop)[0][0]
+    assert silent(Engine(make_model(), tok)).generate([[1]], max_new_tokens=50, stop="XYZ")[0][0] == write("XYZ")
     at_string, at_token = write("XYZ"), write(s("<|python_end|>"), "never said")
     assert at_string.finish_reason == at_token.finish_reason == "stop"
     assert tok.decode(at_string.ids).endswith("<|output_end|> 42 XYZ") and at_token.ids[-1] == s("<|python_end|>")
