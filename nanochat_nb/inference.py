@@ -29,19 +29,30 @@ from .runtime import UserError, generator, nearest, seed_of
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
-           'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch',
-           'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts', 'StopWatch', 'Logprob',
-           'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep', 'chat_prompt', 'run_folder',
-           'best_stage', 'chat', 'main']
+__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'layers_by_window', 'kept',
+           'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
+           'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
+           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
+           'chat_prompt', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
 class Snapshot:
-    """A row taken out of a cache: keys and values (layers, 2, T, heads, channels), last embedding
-    (channels,)."""
-    store: Tensor
+    """A row of `length` tokens taken out of a cache: for each window the keys and values that its
+    layers still need (layers, 2, kept, heads, channels), and the last embedding (channels,)."""
+    length: int
+    store: dict[int | None, Tensor]
     embedding: Tensor
+
+
+def layers_by_window(config: GPTConfig) -> dict[int | None, list[int]]:
+    """The layers that have each window; None is no limit."""
+    return {w: [i for i, other in enumerate(config.windows) if other == w] for w in config.windows}
+
+
+def kept(window: int | None, length: int) -> int:
+    """How many of `length` tokens the next one may still need, itself included."""
+    return length if window is None else min(length, window + 1)
 
 # %% ../nbs/08_inference.ipynb #prefill
 @torch.inference_mode()
@@ -63,8 +74,9 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], *,
         x = model.hidden(part, cache)
         for i in ((lengths > start) & (lengths <= start + chunk)).nonzero()[:, 0].tolist():
             last[i] = x[i, lengths[i] - 1 - start]
-    snapshots = [Snapshot(cache.store[:, :, i, :len(p)], cache.previous_embedding[i])
-                 for i, p in enumerate(prompts)]
+    layers = layers_by_window(model.config)
+    snapshots = [Snapshot(n, {w: cache.store[layers[w], :, i, n - kept(w, n):n] for w in layers},
+                          cache.previous_embedding[i]) for i, n in enumerate(lengths.tolist())]
     return snapshots, next_logits(model, last)
 
 
@@ -75,7 +87,7 @@ def next_logits(model: GPT, hidden: Tensor) -> Tensor:
 # %% ../nbs/08_inference.ipynb #batchcache
 class BatchCache:
     """Keys and values of up to `max_rows` rows of up to `max_len` tokens; obeys the model's cache
-    protocol."""
+    protocol. `store[window]` is (layers, 2, rows, heads, slots, channels)."""
 
     def __init__(self, config: GPTConfig, max_rows: int, max_len: int, device: torch.device,
                  dtype: torch.dtype):
@@ -84,19 +96,35 @@ class BatchCache:
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.previous_embedding = torch.zeros(0, config.n_embd, device=device, dtype=dtype)
         self.lengths: Tensor | None = None
-        self.store = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim,
-                                 device=device, dtype=dtype)
+        layers = layers_by_window(config)
+        self.index = {layer: (w, i) for w in layers for i, layer in enumerate(layers[w])}
+        self.store = {w: torch.zeros(len(layers[w]), 2, 0, config.n_kv_head, 0, config.head_dim,
+                                     device=device, dtype=dtype) for w in layers}
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens."""
-        have_rows, have_length = self.store.size(2), self.store.size(4)
-        if rows > have_rows or length > have_length:
-            wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
-            shape = list(self.store.shape)
-            shape[2] = wide(rows, have_rows, self.max_rows)
-            shape[4] = wide(max(length, 64), have_length, max(length, self.max_len))
-            old, self.store = self.store, self.store.new_zeros(shape)
-            self.store[:, :, :have_rows, :, :have_length] = old
+        most = max(length, self.max_len)
+        wide = {w: self._widened(s, rows, kept(w, length), kept(w, most))
+                for w, s in self.store.items()}
+        if any(wide[w] is not self.store[w] for w in wide):
+            self.store = wide
+
+    def _widened(self, old: Tensor, rows: int, length: int, most: int) -> Tensor:
+        have_rows, have_length = old.size(2), old.size(4)
+        if rows <= have_rows and length <= have_length:
+            return old
+        wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
+        shape = list(old.shape)
+        shape[2] = wide(rows, have_rows, self.max_rows)
+        shape[4] = wide(max(length, 64), have_length, most)
+        new = old.new_zeros(shape)
+        new[:, :, :have_rows, :, :have_length] = old
+        return new
+
+    def _slots(self, window: int | None, length: int) -> Tensor:
+        """Where a row of `length` tokens has those it keeps, the oldest first."""
+        order = torch.arange(length - kept(window, length), length, device=self.positions.device)
+        return order if window is None else order % (window + 1)
 
 # %% ../nbs/08_inference.ipynb #rowcache
 class RowCache(BatchCache):
@@ -106,9 +134,10 @@ class RowCache(BatchCache):
     @torch.inference_mode()
     def enter(self, snapshot: Snapshot) -> None:
         """Append a row that begins with what `snapshot` has read."""
-        row, length = len(self.ends), snapshot.store.size(2)
+        row, length = len(self.ends), snapshot.length
         self._grow(row + 1, length + 1)
-        self.store[:, :, row, :, :length] = snapshot.store.transpose(2, 3)
+        for w, store in self.store.items():
+            store[:, :, row][:, :, :, self._slots(w, length)] = snapshot.store[w].transpose(2, 3)
         self.ends.append(length)
         self.positions = torch.cat([self.positions, self.positions.new_tensor([length])])
         self.previous_embedding = torch.cat([self.previous_embedding, snapshot.embedding[None]])
@@ -118,7 +147,9 @@ class RowCache(BatchCache):
         """Free `row`; the last row moves into its place."""
         last = len(self.ends) - 1
         if row != last:
-            self.store[:, :, row, :, :self.ends[last]] = self.store[:, :, last, :, :self.ends[last]]
+            for w, store in self.store.items():
+                used = kept(w, self.ends[last])
+                store[:, :, row, :, :used] = store[:, :, last, :, :used]
             for items in (self.ends, self.positions, self.previous_embedding):
                 items[row] = items[last]
         self.ends.pop()
@@ -128,28 +159,41 @@ class RowCache(BatchCache):
     @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
         """A copy of `row`, to `enter` again later."""
-        kept = self.store[:, :, row, :, :self.ends[row]].transpose(2, 3)
-        return Snapshot(kept.clone(), self.previous_embedding[row].clone())
+        length = self.ends[row]
+        store = {w: s[:, :, row][:, :, :, self._slots(w, length)].transpose(2, 3)
+                 for w, s in self.store.items()}
+        return Snapshot(length, store, self.previous_embedding[row].clone())
 
     def begin(self) -> None:
         """Prepare for one token per row."""
         self.end = max(self.ends) + 1
         self._grow(len(self.ends), self.end)
-        heads, width, size = self.store.shape[3:]
-        self.flat = self.store.view(self.config.n_layer, 2, -1, size)
-        first = torch.arange(len(self.ends) * heads,
-                             device=self.store.device).view(-1, heads) * width
-        # of each row's and head's new entry
-        self.slot = (first + self.positions[:, None]).flatten()
+        self.steps = {w: self._step(w, store) for w, store in self.store.items()}
         self.lengths = torch.ones_like(self.positions)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Store one new key and value per row; all of the layer's keys and values, (B, S, heads,
-        channels)."""
-        for flat, new in zip(self.flat[layer], (k, v)):
-            flat.index_copy_(0, self.slot, new.reshape(-1, new.size(-1)))
-        keys, values = self.store[layer, :, :len(self.ends), :, :self.end].transpose(2, 3)
-        return keys, values, None
+    def _step(self, window: int | None, store: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The storage as a list of places (layers, 2, places, channels), the place of each row's
+        and head's new entry, and the position that each slot holds, unless that is its number."""
+        heads, width, size = store.shape[3:]
+        now, used = self.positions[:, None], kept(window, self.end)
+        new = now if window is None else now % (window + 1)
+        first = torch.arange(len(now) * heads, device=now.device).view(-1, heads) * width
+        places = None
+        if used < self.end:                                  # the ring has come round
+            slot = torch.arange(used, device=now.device)
+            places = torch.where(slot <= now, now - (now - slot) % used, slot)[:, None]
+        return store.view(len(store), 2, -1, size), (first + new).flatten(), places
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store one new key and value per row; all that the layer keeps, (B, S, heads, channels),
+        and where in the text they stand, (B, 1, S) or None for in order."""
+        window, i = self.index[layer]
+        flat, place, places = self.steps[window]
+        for list_of_places, new in zip(flat[i], (k, v)):
+            list_of_places.index_copy_(0, place, new.reshape(-1, new.size(-1)))
+        store = self.store[window][i, :, :len(self.ends), :, :kept(window, self.end)]
+        keys, values = store.transpose(2, 3)
+        return keys, values, places
 
     def advance(self) -> None:
         """Count the new tokens as cached. The model calls it after the last layer."""
@@ -596,13 +640,13 @@ class RecordedStep:
     """
 
     def __init__(self, model: GPT, cache: RowCache, rows: int, length: int):
-        device, store = cache.store.device, cache.store
+        device, before = cache.positions.device, cache.previous_embedding
         self.model, self.rows, self.length = model, rows, length
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.before = store.new_zeros(rows, model.config.n_embd)
-        self.cache = RowCache(model.config, rows, length, device, store.dtype)
-        self.cache.store, self.graph = store, None
+        self.before = before.new_zeros(rows, model.config.n_embd)
+        self.cache = RowCache(model.config, rows, length, device, before.dtype)
+        self.cache.store, self.graph = cache.store, None
 
     def run(self) -> Tensor:
         """Logits (rows, vocab): the step itself, on the tensors that stay."""
@@ -662,8 +706,8 @@ def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
-    engine._plan = engine._plan or Dials([r.dial for r in rows], cache.store.device)
-    feed = torch.tensor([r.ids[-1] for r in rows], device=cache.store.device)[:, None]
+    engine._plan = engine._plan or Dials([r.dial for r in rows], cache.positions.device)
+    feed = torch.tensor([r.ids[-1] for r in rows], device=cache.positions.device)[:, None]
     logits = _step_logits(engine, feed)
     gone = []
     for i, (request, call) in enumerate(zip(rows, _take_all(engine, rows, logits, engine._plan))):
