@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,18 +29,30 @@ from .runtime import UserError, generator, nearest, seed_of
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'prefill', 'next_logits',
-           'BatchCache', 'RowCache', 'kept_probabilities', 'choose', 'search_device', 'ToolWatch', 'run_python',
-           'forced_ids', 'check_tools', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
-           'chat_prompt', 'TextStream', 'completion_parts', 'run_folder', 'best_stage', 'chat', 'main']
+__all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'layers_by_window', 'kept',
+           'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
+           'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
+           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
+           'chat_prompt', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
 class Snapshot:
-    """A row taken out of a cache: keys and values (layers, 2, T, heads, channels), last embedding
-    (channels,)."""
-    store: Tensor
+    """A row of `length` tokens taken out of a cache: for each window the keys and values that its
+    layers still need (layers, 2, kept, heads, channels), and the last embedding (channels,)."""
+    length: int
+    store: dict[int | None, Tensor]
     embedding: Tensor
+
+
+def layers_by_window(config: GPTConfig) -> dict[int | None, list[int]]:
+    """The layers that have each window; None is no limit."""
+    return {w: [i for i, other in enumerate(config.windows) if other == w] for w in config.windows}
+
+
+def kept(window: int | None, length: int) -> int:
+    """How many of `length` tokens the next one may still need, itself included."""
+    return length if window is None else min(length, window + 1)
 
 # %% ../nbs/08_inference.ipynb #prefill
 @torch.inference_mode()
@@ -61,8 +74,9 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], *,
         x = model.hidden(part, cache)
         for i in ((lengths > start) & (lengths <= start + chunk)).nonzero()[:, 0].tolist():
             last[i] = x[i, lengths[i] - 1 - start]
-    snapshots = [Snapshot(cache.store[:, :, i, :len(p)], cache.previous_embedding[i])
-                 for i, p in enumerate(prompts)]
+    layers = layers_by_window(model.config)
+    snapshots = [Snapshot(n, {w: cache.store[layers[w], :, i, n - kept(w, n):n] for w in layers},
+                          cache.previous_embedding[i]) for i, n in enumerate(lengths.tolist())]
     return snapshots, next_logits(model, last)
 
 
@@ -73,7 +87,7 @@ def next_logits(model: GPT, hidden: Tensor) -> Tensor:
 # %% ../nbs/08_inference.ipynb #batchcache
 class BatchCache:
     """Keys and values of up to `max_rows` rows of up to `max_len` tokens; obeys the model's cache
-    protocol."""
+    protocol. `store[window]` is (layers, 2, rows, heads, slots, channels)."""
 
     def __init__(self, config: GPTConfig, max_rows: int, max_len: int, device: torch.device,
                  dtype: torch.dtype):
@@ -82,19 +96,35 @@ class BatchCache:
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.previous_embedding = torch.zeros(0, config.n_embd, device=device, dtype=dtype)
         self.lengths: Tensor | None = None
-        self.store = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim,
-                                 device=device, dtype=dtype)
+        layers = layers_by_window(config)
+        self.index = {layer: (w, i) for w in layers for i, layer in enumerate(layers[w])}
+        self.store = {w: torch.zeros(len(layers[w]), 2, 0, config.n_kv_head, 0, config.head_dim,
+                                     device=device, dtype=dtype) for w in layers}
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens."""
-        have_rows, have_length = self.store.size(2), self.store.size(4)
-        if rows > have_rows or length > have_length:
-            wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
-            shape = list(self.store.shape)
-            shape[2] = wide(rows, have_rows, self.max_rows)
-            shape[4] = wide(max(length, 64), have_length, max(length, self.max_len))
-            old, self.store = self.store, self.store.new_zeros(shape)
-            self.store[:, :, :have_rows, :, :have_length] = old
+        most = max(length, self.max_len)
+        wide = {w: self._widened(s, rows, kept(w, length), kept(w, most))
+                for w, s in self.store.items()}
+        if any(wide[w] is not self.store[w] for w in wide):
+            self.store = wide
+
+    def _widened(self, old: Tensor, rows: int, length: int, most: int) -> Tensor:
+        have_rows, have_length = old.size(2), old.size(4)
+        if rows <= have_rows and length <= have_length:
+            return old
+        wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
+        shape = list(old.shape)
+        shape[2] = wide(rows, have_rows, self.max_rows)
+        shape[4] = wide(max(length, 64), have_length, most)
+        new = old.new_zeros(shape)
+        new[:, :, :have_rows, :, :have_length] = old
+        return new
+
+    def _slots(self, window: int | None, length: int) -> Tensor:
+        """Where a row of `length` tokens has those it keeps, the oldest first."""
+        order = torch.arange(length - kept(window, length), length, device=self.positions.device)
+        return order if window is None else order % (window + 1)
 
 # %% ../nbs/08_inference.ipynb #rowcache
 class RowCache(BatchCache):
@@ -104,9 +134,10 @@ class RowCache(BatchCache):
     @torch.inference_mode()
     def enter(self, snapshot: Snapshot) -> None:
         """Append a row that begins with what `snapshot` has read."""
-        row, length = len(self.ends), snapshot.store.size(2)
+        row, length = len(self.ends), snapshot.length
         self._grow(row + 1, length + 1)
-        self.store[:, :, row, :, :length] = snapshot.store.transpose(2, 3)
+        for w, store in self.store.items():
+            store[:, :, row][:, :, :, self._slots(w, length)] = snapshot.store[w].transpose(2, 3)
         self.ends.append(length)
         self.positions = torch.cat([self.positions, self.positions.new_tensor([length])])
         self.previous_embedding = torch.cat([self.previous_embedding, snapshot.embedding[None]])
@@ -116,7 +147,9 @@ class RowCache(BatchCache):
         """Free `row`; the last row moves into its place."""
         last = len(self.ends) - 1
         if row != last:
-            self.store[:, :, row, :, :self.ends[last]] = self.store[:, :, last, :, :self.ends[last]]
+            for w, store in self.store.items():
+                used = kept(w, self.ends[last])
+                store[:, :, row, :, :used] = store[:, :, last, :, :used]
             for items in (self.ends, self.positions, self.previous_embedding):
                 items[row] = items[last]
         self.ends.pop()
@@ -126,28 +159,41 @@ class RowCache(BatchCache):
     @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
         """A copy of `row`, to `enter` again later."""
-        kept = self.store[:, :, row, :, :self.ends[row]].transpose(2, 3)
-        return Snapshot(kept.clone(), self.previous_embedding[row].clone())
+        length = self.ends[row]
+        store = {w: s[:, :, row][:, :, :, self._slots(w, length)].transpose(2, 3)
+                 for w, s in self.store.items()}
+        return Snapshot(length, store, self.previous_embedding[row].clone())
 
     def begin(self) -> None:
         """Prepare for one token per row."""
         self.end = max(self.ends) + 1
         self._grow(len(self.ends), self.end)
-        heads, width, size = self.store.shape[3:]
-        self.flat = self.store.view(self.config.n_layer, 2, -1, size)
-        first = torch.arange(len(self.ends) * heads,
-                             device=self.store.device).view(-1, heads) * width
-        # of each row's and head's new entry
-        self.slot = (first + self.positions[:, None]).flatten()
+        self.steps = {w: self._step(w, store) for w, store in self.store.items()}
         self.lengths = torch.ones_like(self.positions)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Store one new key and value per row; all of the layer's keys and values, (B, S, heads,
-        channels)."""
-        for flat, new in zip(self.flat[layer], (k, v)):
-            flat.index_copy_(0, self.slot, new.reshape(-1, new.size(-1)))
-        keys, values = self.store[layer, :, :len(self.ends), :, :self.end].transpose(2, 3)
-        return keys, values, None
+    def _step(self, window: int | None, store: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The storage as a list of places (layers, 2, places, channels), the place of each row's
+        and head's new entry, and the position that each slot holds, unless that is its number."""
+        heads, width, size = store.shape[3:]
+        now, used = self.positions[:, None], kept(window, self.end)
+        new = now if window is None else now % (window + 1)
+        first = torch.arange(len(now) * heads, device=now.device).view(-1, heads) * width
+        places = None
+        if used < self.end:                                  # the ring has come round
+            slot = torch.arange(used, device=now.device)
+            places = torch.where(slot <= now, now - (now - slot) % used, slot)[:, None]
+        return store.view(len(store), 2, -1, size), (first + new).flatten(), places
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store one new key and value per row; all that the layer keeps, (B, S, heads, channels),
+        and where in the text they stand, (B, 1, S) or None for in order."""
+        window, i = self.index[layer]
+        flat, place, places = self.steps[window]
+        for list_of_places, new in zip(flat[i], (k, v)):
+            list_of_places.index_copy_(0, place, new.reshape(-1, new.size(-1)))
+        store = self.store[window][i, :, :len(self.ends), :, :kept(window, self.end)]
+        keys, values = store.transpose(2, 3)
+        return keys, values, places
 
     def advance(self) -> None:
         """Count the new tokens as cached. The model calls it after the last layer."""
@@ -155,44 +201,65 @@ class RowCache(BatchCache):
         self.ends = [end + 1 for end in self.ends]
         self.lengths = None
 
+# %% ../nbs/08_inference.ipynb #dials-of-a-batch
+class Dial(NamedTuple):
+    """How one row's tokens are drawn."""
+    temperature: float = 1.0                                 # 0: always the likeliest
+    top_k: int = 0                                           # 0: off
+    top_p: float = 1.0                                       # 1: off
+    min_p: float = 0.0                                       # 0: off
+
+
+class Dials:
+    """The dials of B rows: tensors (B,) to compute with, and what Python must know without asking
+    them."""
+
+    def __init__(self, rows: Sequence[Dial], device: torch.device | str = "cpu"):
+        self.temperature, self.top_k, self.top_p, self.min_p = (
+            torch.tensor(column, device=device) for column in zip(*rows))
+        self.greedy = all(row.temperature <= 0 for row in rows)
+        self.most = max(row.top_k for row in rows)
+        self.nucleus = any(row.top_p < 1 for row in rows)
+        self.bar = any(row.min_p > 0 for row in rows)
+
 # %% ../nbs/08_inference.ipynb #kept-probabilities
-def kept_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def kept_probabilities(logits: Tensor, dials: Dials) -> Tensor:
     """Weights (B, vocab) that sampling may choose by: probabilities, 0 where the dials forbid a
     token.
 
-    logits (B, vocab) float32; temperature, top_k (0: off) and top_p (1: off) are (B,). top_p acts
-    on what top_k left.
-    Tokens that tie with the last one kept are kept.
+    logits (B, vocab) float32. top_p acts on what top_k left, min_p on what is left then. Tokens
+    that tie with the last one kept are kept.
     """
-    logits = logits / temperature.clamp(min=1e-6)[:, None]
-    size = logits.size(-1)
-    most = int(top_k.max())
-    if most > 0:
-        k = torch.where(top_k > 0, top_k, size).clamp(max=size)[:, None]
-        kth = logits.topk(min(most, size)).values.gather(1, (k - 1).clamp(max=most - 1))
+    temperature = torch.where(dials.temperature <= 0, 1.0, dials.temperature).clamp(min=1e-6)
+    logits, size = logits / temperature[:, None], logits.size(-1)
+    if dials.most > 0:
+        k = torch.where(dials.top_k > 0, dials.top_k, size).clamp(max=size)[:, None]
+        likeliest = logits.topk(min(dials.most, size)).values
+        kth = likeliest.gather(1, (k - 1).clamp(max=likeliest.size(1) - 1))
         logits = logits.masked_fill((logits < kth) & (k < size), -torch.inf)
     weights = logits.softmax(-1)
-    if float(top_p.min()) < 1:
+    if dials.nucleus:
+        top_p = dials.top_p[:, None]
         likeliest = weights.sort(-1, descending=True).values
-        inside = likeliest.cumsum(-1) - likeliest < top_p[:, None]  # what is likelier leaves room
+        inside = likeliest.cumsum(-1) - likeliest < top_p    # what is likelier leaves room
         smallest = likeliest.masked_fill(~inside, 2).amin(-1, keepdim=True)
-        weights = weights.masked_fill((weights < smallest) & (top_p < 1)[:, None], 0)
+        weights = weights.masked_fill((weights < smallest) & (top_p < 1), 0)
+    if dials.bar:
+        bar = weights.amax(-1, keepdim=True) * dials.min_p[:, None]
+        weights = weights.masked_fill(weights < bar, 0)
     return weights
 
 # %% ../nbs/08_inference.ipynb #choose
-def choose(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor,
-           top_p: Tensor) -> Tensor:
+def choose(logits: Tensor, uniform: Tensor, dials: Dials) -> Tensor:
     """A token id per row (B,): the likeliest where temperature is 0, else drawn by `uniform` (B,)
-    in [0, 1), float64."""
-    greedy = temperature <= 0
-    if bool(greedy.all()):
+    in [0, 1), float64. Never waits for a GPU."""
+    if dials.greedy:
         return logits.argmax(-1)
-    weights = kept_probabilities(logits, torch.where(greedy, 1.0, temperature), top_k, top_p)
-    passed = weights.to(search_device(logits.device)).double().cumsum(-1)
+    passed = kept_probabilities(logits, dials).to(search_device(logits.device)).double().cumsum(-1)
     total, uniform = passed[:, -1:], uniform.to(passed.device)
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    drawn = torch.searchsorted(passed, target, right=True)[:, 0]
-    return torch.where(greedy, logits.argmax(-1), drawn.to(logits.device))
+    drawn = torch.searchsorted(passed, target, right=True)[:, 0].to(logits.device)
+    return torch.where(dials.temperature <= 0, logits.argmax(-1), drawn)
 
 # %% ../nbs/08_inference.ipynb #search-device
 def search_device(device: torch.device) -> torch.device:
@@ -247,13 +314,72 @@ def check_tools(tools: bool | str) -> str | None:
                         "install bubblewrap, or use tools='calculator'")
     return tools
 
+# %% ../nbs/08_inference.ipynb #textstream
+_KINDS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
+_ENDS = ("<|python_end|>", "<|output_end|>")
+
+
+class TextStream:
+    """Turns token ids into pieces `(kind, text)`; kind is "text", "python" or "python_output"."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.kind = tokenizer, "text"
+        kinds = _KINDS | dict.fromkeys(_ENDS, "text")
+        self.changes = {tokenizer.special(name): kind for name, kind in kinds.items()}
+        self.silent = {tokenizer.special(n) for n in ("<|bos|>", "<|user_start|>", "<|user_end|>",
+                                                      "<|assistant_start|>", "<|assistant_end|>")}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> tuple[str, str]:
+        """The piece that is certain after `token`; its text may be empty."""
+        if token in self.changes or token in self.silent:
+            piece = self.kind, self.decoder.decode(b"", final=True)
+            self.decoder.reset()
+            self.kind = self.changes.get(token, "text")
+            return piece
+        return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
+
+# %% ../nbs/08_inference.ipynb #completion-parts
+def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
+    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
+    "text": str}, …]`."""
+    stream, parts = TextStream(tokenizer), []
+    for kind, text in [*map(stream.feed, ids), stream.feed(tokenizer.special("<|assistant_end|>"))]:
+        if text and parts and parts[-1]["type"] == kind:
+            parts[-1]["text"] += text
+        elif text:
+            parts.append({"type": kind, "text": text})
+    return parts
+
+# %% ../nbs/08_inference.ipynb #stopwatch
+class StopWatch:
+    """Watches one row's text for strings at which it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        self.stream, self.strings, self.text = TextStream(tokenizer), strings, ""
+        self.keep = max(map(len, strings)) - 1               # so many characters may begin one
+
+    def see(self, token: int) -> bool:
+        """Whether `token` completes one of the strings."""
+        kind, new = self.stream.feed(token)
+        text = self.text + new if kind == "text" else ""
+        self.text = text[max(0, len(text) - self.keep):]
+        return any(string in text for string in self.strings)
+
 # %% ../nbs/08_inference.ipynb #completion
+class Logprob(NamedTuple):
+    """The logarithm of a token's probability, and the likeliest tokens with theirs, best first."""
+    chosen: float
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class Completion:
     """One answer. `mask` is 1 where the model chose the token, 0 where a tool forced it."""
     ids: list[int]
     mask: list[int]
     finish_reason: str                                       # "stop", "length" or "cancelled"
+    logprobs: list[Logprob] = field(default_factory=list)    # one for each token, if asked for
 
 
 @dataclass
@@ -262,6 +388,7 @@ class Event:
     request: int
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
 # %% ../nbs/08_inference.ipynb #request
 @dataclass(eq=False)
@@ -270,24 +397,27 @@ class Request:
     number: int
     prompt: tuple[int, ...]
     limit: int                                               # at most so many new tokens
-    temperature: float
-    top_k: int                                               # 0: off
-    top_p: float                                             # 1: off
+    dial: Dial
     tools: str | None
     uniforms: list[float]
     watch: ToolWatch | None
+    stops: frozenset[int] = frozenset()                      # chosen, one of these ends the answer
+    ends: StopWatch | None = None
+    top: int | None = None                                   # likeliest tokens to tell; None: no
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     finish_reason: str | None = None
 
-    def take(self, sampled: int, stops: frozenset[int]) -> str | None:
+    def take(self, sampled: int) -> str | None:
         """Append the forced token that is due, or else `sampled`; the text of a tool call that it
         completes."""
         self.mask.append(0 if self.forced else 1)
         token = self.forced.popleft() if self.forced else sampled
         self.ids.append(token)
-        if token in stops and self.mask[-1]:
+        completed = self.ends is not None and self.ends.see(token)
+        if completed or token in self.stops and self.mask[-1]:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.limit:
             self.finish_reason = "length"
@@ -369,12 +499,21 @@ class Engine:
         return bool(self.waiting or self.rows or self.parked)
 
     def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-               tools: bool | str = True, sample: int = 0) -> int:
-        """Queue one answer and return its request number. Raises UserError for a prompt or a dial
-        that cannot work."""
-        return _submit(self, prompt, max_new_tokens, temperature, top_k or 0,
-                       1.0 if top_p is None else top_p, seed, check_tools(tools), sample).number
+               top_k: int | None = None, top_p: float | None = None,
+               min_p: float = 0.0, stop: Sequence[str | int] = (),
+               logprobs: int | None = None, seed: int = 0, tools: bool | str = True,
+               sample: int = 0) -> int:
+        """Queue one answer and return its request number.
+
+        `stop`: strings and token ids that end it, besides <|assistant_end|> and <|bos|>; the token
+        that completes one is its last. `logprobs`: tell each token's log-probability and those of
+        so many likeliest, as the model gives them, before the dials. Raises UserError for a prompt
+        or a dial that cannot work.
+        """
+        dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        return _submit(self, prompt, max_new_tokens, dial, stop, logprobs, seed, check_tools(tools),
+                       sample)
 
     def cancel(self, request: int) -> None:
         """End a request now; its last event says "cancelled". A number that is not running is
@@ -388,14 +527,11 @@ class Engine:
         events, self._events = list(self._events.values()), {}
         return events
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 seed: int | Sequence[int] = 0, num_samples: int = 1,
-                 tools: bool | str = True) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt. A list of seeds gives each prompt its own."""
-        return _generate(self, prompts, max_new_tokens, num_samples, seed,
-                         dict(temperature=temperature, top_k=top_k or 0,
-                              top_p=1.0 if top_p is None else top_p, tools=check_tools(tools)))
+    def generate(self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
+                 seed: int | Sequence[int] = 0, **options) -> list[list[Completion]]:
+        """`num_samples` completions of each prompt; options as for `submit`. A list of seeds gives
+        each prompt its own."""
+        return _generate(self, prompts, num_samples, seed, options)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
         """The token ids of one answer as they come; options as for `submit`. Closing the iterator
@@ -412,25 +548,29 @@ def _advance(engine: Engine) -> None:
         _decode(engine)
 
 
-def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, temperature: float,
-            top_k: int, top_p: float, seed: int, tools: str | None, sample: int) -> Request:
-    """A new request at the end of the queue."""
+def _submit(engine: Engine, prompt: Sequence[int], max_new_tokens: int, dial: Dial,
+            stop: list[str | int], logprobs: int | None, seed: int, tools: str | None,
+            sample: int) -> int:
+    """The number of a new request, now at the end of the queue."""
     prompt = tuple(int(i) for i in prompt)
-    _check_request(engine, prompt, max_new_tokens, temperature, top_k, top_p)
+    _check_request(engine, prompt, max_new_tokens, dial, stop, logprobs)
     if not engine.busy:
         engine.refresh()
     limit = min(max_new_tokens, engine.max_len - len(prompt))
-    uniforms = [] if temperature == 0 else torch.rand(
+    uniforms = [] if dial.temperature == 0 else torch.rand(
         limit, generator=generator(seed, "sample", sample, *prompt), dtype=torch.float64).tolist()
     engine._numbers += 1
-    request = Request(engine._numbers, prompt, limit, temperature, top_k, top_p, tools,
-                      uniforms or [0.0] * limit, ToolWatch(engine.tokenizer) if tools else None)
-    engine.waiting.append(request)
-    return request
+    strings = [s for s in stop if isinstance(s, str)]
+    engine.waiting.append(
+        Request(engine._numbers, prompt, limit, dial, tools, uniforms or [0.0] * limit,
+                ToolWatch(engine.tokenizer) if tools else None,
+                engine.stops.union(s for s in stop if isinstance(s, int)),
+                StopWatch(engine.tokenizer, strings) if strings else None, logprobs))
+    return engine._numbers
 
 # %% ../nbs/08_inference.ipynb #check-request
 def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
-                   temperature: float, top_k: int, top_p: float) -> None:
+                   dial: Dial, stop: list[str | int], logprobs: int | None) -> None:
     size = engine.source.config.vocab_size
     if not prompt:
         raise UserError("the prompt is empty: begin with at least <|bos|>")
@@ -441,9 +581,14 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
     if not 0 <= min(prompt) <= max(prompt) < size:
         raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: "
                         "made by another tokenizer?")
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and "
-                        f"0 < top_p <= 1, not {max_new_tokens}, {temperature}, {top_k} and {top_p}")
+    if (max_new_tokens < 1 or not 0 <= dial.temperature < float("inf") or dial.top_k < 0
+            or not 0 < dial.top_p <= 1 or not 0 <= dial.min_p <= 1):
+        raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1 "
+                        f"and 0 <= min_p <= 1, not {max_new_tokens} and {dial}")
+    if not all(isinstance(s, int) or isinstance(s, str) and s for s in stop):
+        raise UserError(f"stop={stop} must hold token ids and strings that are not empty")
+    if logprobs is not None and not 0 <= logprobs <= size:
+        raise UserError(f"logprobs={logprobs} must be from 0 to {size}, the vocabulary")
 
 # %% ../nbs/08_inference.ipynb #admit
 def _admit(engine: Engine) -> None:
@@ -470,12 +615,11 @@ def _admit(engine: Engine) -> None:
 # %% ../nbs/08_inference.ipynb #first-tokens
 def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     logits = torch.stack([engine.prefixes[r.prompt][1] for r in entering])
-    for request, token in zip(entering, _choose(entering, logits, _dials(entering, logits.device))):
-        call = _take(engine, request, token)
-        snapshot = engine.prefixes[request.prompt][0]
-        parked = _start_tool(engine, request, call, lambda s=snapshot: s)
-        if request.finish_reason is None and not parked:
-            _enter(engine, request, snapshot)
+    dials = Dials([r.dial for r in entering], logits.device)
+    _take_all(engine, entering, logits, dials)
+    for request in entering:
+        if request.finish_reason is None:
+            _enter(engine, request, engine.prefixes[request.prompt][0])
 
 
 def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
@@ -483,18 +627,10 @@ def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
     engine.rows.append(request)
     engine._plan = None
 
-# %% ../nbs/08_inference.ipynb #dials
-def _dials(requests: list[Request], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """temperature, top_k and top_p of the requests, (B,) each."""
-    return (torch.tensor([r.temperature for r in requests], device=device),
-            torch.tensor([r.top_k for r in requests], device=device),
-            torch.tensor([r.top_p for r in requests], device=device))
-
-
-def _choose(requests: list[Request], logits: Tensor,
-            dials: tuple[Tensor, Tensor, Tensor]) -> list[int]:
+# %% ../nbs/08_inference.ipynb #choose-for-rows
+def _choose(requests: list[Request], logits: Tensor, dials: Dials) -> list[int]:
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
-    return choose(logits, uniform, *dials).tolist()
+    return choose(logits, uniform, dials).tolist()
 
 # %% ../nbs/08_inference.ipynb #recorded-step
 class RecordedStep:
@@ -504,13 +640,13 @@ class RecordedStep:
     """
 
     def __init__(self, model: GPT, cache: RowCache, rows: int, length: int):
-        device, store = cache.store.device, cache.store
+        device, before = cache.positions.device, cache.previous_embedding
         self.model, self.rows, self.length = model, rows, length
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.before = store.new_zeros(rows, model.config.n_embd)
-        self.cache = RowCache(model.config, rows, length, device, store.dtype)
-        self.cache.store, self.graph = store, None
+        self.before = before.new_zeros(rows, model.config.n_embd)
+        self.cache = RowCache(model.config, rows, length, device, before.dtype)
+        self.cache.store, self.graph = cache.store, None
 
     def run(self) -> Tensor:
         """Logits (rows, vocab): the step itself, on the tensors that stay."""
@@ -570,12 +706,11 @@ def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
-    engine._plan = engine._plan or _dials(rows, cache.store.device)
-    feed = torch.tensor([r.ids[-1] for r in rows], device=cache.store.device)[:, None]
+    engine._plan = engine._plan or Dials([r.dial for r in rows], cache.positions.device)
+    feed = torch.tensor([r.ids[-1] for r in rows], device=cache.positions.device)[:, None]
     logits = _step_logits(engine, feed)
     gone = []
-    for i, (request, token) in enumerate(zip(rows, _choose(rows, logits, engine._plan))):
-        call = _take(engine, request, token)
+    for i, (request, call) in enumerate(zip(rows, _take_all(engine, rows, logits, engine._plan))):
         if request.finish_reason or _start_tool(engine, request, call,
                                                 lambda i=i: cache.snapshot(i)):
             gone.append(i)
@@ -583,11 +718,37 @@ def _decode(engine: Engine) -> None:
         _leave(engine, i)
 
 # %% ../nbs/08_inference.ipynb #take
-def _take(engine: Engine, request: Request, token: int) -> str | None:
-    call = request.take(token, engine.stops)
+def _take_all(engine: Engine, requests: list[Request], logits: Tensor,
+              dials: Dials) -> list[str | None]:
+    """Give each request its next token; the texts of the tool calls that these complete."""
+    tokens = [r.forced[0] if r.forced else sampled
+              for r, sampled in zip(requests, _choose(requests, logits, dials))]
+    told = _logprobs(requests, tokens, logits)
+    return [_take(engine, r, token, told.get(i))
+            for i, (r, token) in enumerate(zip(requests, tokens))]
+
+
+def _logprobs(requests: list[Request], tokens: list[int], logits: Tensor) -> dict[int, Logprob]:
+    """Row → what the model thought of its token, for the rows that want to know."""
+    rows = [i for i, r in enumerate(requests) if r.top is not None]
+    if not rows:
+        return {}
+    scores = logits[rows].log_softmax(-1)
+    best = scores.topk(max(requests[i].top for i in rows))
+    chosen = scores[range(len(rows)), [tokens[i] for i in rows]].tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist())
+    return {i: Logprob(score, list(zip(*top))[:requests[i].top])
+            for i, score, top in zip(rows, chosen, tops)}
+
+
+def _take(engine: Engine, request: Request, token: int, logprob: Logprob | None) -> str | None:
+    call = request.take(token)
     event = engine._events.setdefault(request.number, Event(request.number, []))
-    event.ids.append(request.ids[-1])
+    event.ids.append(token)
     event.finish_reason = request.finish_reason
+    if logprob:
+        request.logprobs.append(logprob)
+        event.logprobs.append(logprob)
     return call
 
 
@@ -647,8 +808,8 @@ def _cancel(engine: Engine, number: int) -> None:
                 _leave(engine, engine.rows.index(request))
 
 # %% ../nbs/08_inference.ipynb #generate
-def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-              num_samples: int, seed: int | Sequence[int], dials: dict) -> list[list[Completion]]:
+def _generate(engine: Engine, prompts: Sequence[Sequence[int]], num_samples: int,
+              seed: int | Sequence[int], options: dict) -> list[list[Completion]]:
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts) or num_samples < 1:
         raise UserError(f"{len(seeds)} seeds and {num_samples} samples for {len(prompts)} "
@@ -658,14 +819,15 @@ def _generate(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: 
         for prompt, s in zip(prompts, seeds):
             requests.append([])
             for i in range(num_samples):
-                requests[-1].append(_submit(engine, prompt, max_new_tokens, seed=s, sample=i,
-                                            **dials))
+                engine.submit(prompt, seed=s, sample=i, **options)
+                requests[-1].append(engine.waiting[-1])
         _run_until_done(engine, [r for group in requests for r in group])
     finally:
         for request in (r for group in requests for r in group):
             engine.cancel(request.number)                    # ignored when it has finished
             engine._events.pop(request.number, None)
-    return [[Completion(r.ids, r.mask, r.finish_reason) for r in group] for group in requests]
+    return [[Completion(r.ids, r.mask, r.finish_reason, r.logprobs) for r in group]
+            for group in requests]
 
 
 def _run_until_done(engine: Engine, ours: list[Request]) -> None:
@@ -704,43 +866,6 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *,
             return ids, dropped
     raise UserError(f"the last message has {len(ids)} tokens and there is room for {max_len}: "
                     "shorten it")
-
-# %% ../nbs/08_inference.ipynb #textstream
-_KINDS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
-_ENDS = ("<|python_end|>", "<|output_end|>")
-
-
-class TextStream:
-    """Turns token ids into pieces `(kind, text)`; kind is "text", "python" or "python_output"."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.kind = tokenizer, "text"
-        kinds = _KINDS | dict.fromkeys(_ENDS, "text")
-        self.changes = {tokenizer.special(name): kind for name, kind in kinds.items()}
-        self.silent = {tokenizer.special(n) for n in ("<|bos|>", "<|user_start|>", "<|user_end|>",
-                                                      "<|assistant_start|>", "<|assistant_end|>")}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: int) -> tuple[str, str]:
-        """The piece that is certain after `token`; its text may be empty."""
-        if token in self.changes or token in self.silent:
-            piece = self.kind, self.decoder.decode(b"", final=True)
-            self.decoder.reset()
-            self.kind = self.changes.get(token, "text")
-            return piece
-        return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
-
-# %% ../nbs/08_inference.ipynb #completion-parts
-def completion_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict]:
-    """The parts of an assistant's turn, as in a conversation: `[{"type": "text" | "python" | …,
-    "text": str}, …]`."""
-    stream, parts = TextStream(tokenizer), []
-    for kind, text in [*map(stream.feed, ids), stream.feed(tokenizer.special("<|assistant_end|>"))]:
-        if text and parts and parts[-1]["type"] == kind:
-            parts[-1]["text"] += text
-        elif text:
-            parts.append({"type": kind, "text": text})
-    return parts
 
 # %% ../nbs/08_inference.ipynb #best-stage
 STAGES = ("rl", "sft", "base")                               # best first
@@ -845,6 +970,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="0 always takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="0 turns it off")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 turns it off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tools", default="calculator", choices=["calculator", "python", "none"])
     parser.add_argument("--device", default="",
@@ -859,7 +985,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = best_stage(run)
     stage = a.stage or best
     model, tokenizer, _ = load_model(run, stage=stage, device=a.device or None)
-    dials = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    dials = {k: getattr(a, k)
+             for k in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")}
     if a.prompt is None:
         print(f"{a.run}, stage {stage}. /new begins anew, /quit leaves.", file=sys.stderr)
     chat(Engine(model, tokenizer, max_batch=1), stage, prompt=a.prompt,

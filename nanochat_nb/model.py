@@ -272,11 +272,10 @@ def turn_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #visible
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Which keys a query may see. query (…, T) and key (S) are positions;
+    """Which keys a query may see. query (…, T) and key (S) or (…, 1, S) are positions;
     returns bool (…, T, S)."""
     distance = query[..., :, None] - key
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
-
 
 # %% ../nbs/04_model.ipynb #attend
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -407,11 +406,10 @@ class Reading:
         """Attention of `layer` over its new keys and, with a cache, all earlier ones."""
         if self.cache is None:
             return attend_to_past(q, k, v, window, self._masks)
-        k, v, valid = self.cache.append(layer, k, v)
+        k, v, places = self.cache.append(layer, k, v)
         if (window, k.size(1)) not in self._masks:
-            keys = torch.arange(k.size(1), device=k.device)
-            mask = visible(self.positions, keys, window)[:, None]
-            self._masks[window, k.size(1)] = mask if valid is None else mask & valid[:, None, None]
+            keys = torch.arange(k.size(1), device=k.device) if places is None else places
+            self._masks[window, k.size(1)] = visible(self.positions, keys, window)[:, None]
         return attend(q, k, v, self._masks[window, k.size(1)])
 
 # %% ../nbs/04_model.ipynb #attention-2
@@ -832,7 +830,7 @@ class KVCache:
         self.max_len, self.filled = max_len, 0           # filled: the longest row's position
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new keys and values (B, T, H_kv, D); return all of the layer's and no mask."""
+        """Store new keys and values (B, T, H_kv, D); return all of the layer's, in order."""
         batch, time = k.shape[:2]
         if self.filled + time > self.max_len < int((self.positions + self.lengths).max()):
             raise UserError(

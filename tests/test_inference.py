@@ -80,8 +80,8 @@ def test_the_search_runs_where_float64_is(monkeypatch):
     monkeypatch.setattr(inference, "search_device", lambda device: (asked.append(device), device)[1])
     real = torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "double", lambda t: real(t) if asked else pytest.fail("float64 on the logits' device"))
-    one = torch.ones(1)
-    assert inference.choose(torch.zeros(1, 4), one.to(torch.float64) * 0.6, one, one.long() * 0, one).tolist() == [2]
+    u = torch.tensor([0.6], dtype=torch.float64)
+    assert inference.choose(torch.zeros(1, 4), u, inference.Dials([inference.Dial()])).tolist() == [2]
     assert asked
 
 
@@ -115,9 +115,9 @@ def test_finish_reasons_limits_and_cancel(tok):
 
 
 @pytest.mark.parametrize("prompt, options, message", [
-    ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"),
+    ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"), ([1], {"min_p": 1.5}, "min_p"),
     ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
-    ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
+    ([1], {"logprobs": -1}, "logprobs"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
 def test_bad_requests(tok, prompt, options, message):
     engine = Engine(make_model(), tok)
     with pytest.raises(UserError, match=message):
@@ -165,8 +165,25 @@ def test_tools_are_forced_and_masked(tok, monkeypatch):
     good, nonsense, empty = (g[0] for g in Engine(make_model(), tok).generate([list(p) for p in scripts], max_new_tokens=50))
     assert "<|output_start|>42<|output_end|>" in tok.decode(good.ids)
     forced = [t for t, m in zip(good.ids, good.mask) if not m]
+    told = Engine(make_model(), tok).generate([[1]], max_new_tokens=50, logprobs=0)[0][0]
+    oracle = make_model()(torch.tensor([[1, *told.ids]])).detach().log_softmax(-1)[0]
+    assert [p.top for p in told.logprobs] == [[]] * len(told.ids)            # forced tokens have theirs too
+    assert [p.chosen for p in told.logprobs] == pytest.approx([float(oracle[i, t]) for i, t in enumerate(told.ids)], abs=1e-4)
     assert forced == inference.forced_ids(tok, "42")
     assert all(nonsense.mask) and all(empty.mask)
+
+
+def test_own_stops_end_an_answer(tok, monkeypatch):
+    s = tok.special
+    script = [*tok.encode("one two"), s("<|python_start|>"), *tok.encode("6*7"), s("<|python_end|>"), *tok.encode(" 42 XYZ six")]
+    monkeypatch.setattr(inference, "_choose", scripted({(1,): script}))
+    write = lambda *stop: silent(Engine(make_model(), tok)).generate([[1]], max_new_tokens=50, stop=stop)[0][0]
+    assert silent(Engine(make_model(), tok)).generate([[1]], max_new_tokens=50, stop="XYZ")[0][0] == write("XYZ")
+    at_string, at_token = write("XYZ"), write(s("<|python_end|>"), "never said")
+    assert at_string.finish_reason == at_token.finish_reason == "stop"
+    assert tok.decode(at_string.ids).endswith("<|output_end|> 42 XYZ") and at_token.ids[-1] == s("<|python_end|>")
+    assert tok.decode(write("42").ids).endswith(" 42")       # not the 42 that the calculator printed
+    assert write(s("<|output_end|>")).finish_reason == "length"              # forced, not chosen
 
 
 @pytest.mark.skipif(isolation() is None, reason="no sandbox works on this machine")
