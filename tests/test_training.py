@@ -214,7 +214,8 @@ import test_training as t
 from nanochat_nb.checkpoint import latest_checkpoint
 from nanochat_nb.pretraining import run_base
 from nanochat_nb.runtime import UserError
-folder = Path({folder!r})
+folder, reference = Path({folder!r}), Path({reference!r})
+run_base(run=str(reference), **t.BASE)        # in this process, whose threads may be other than pytest's
 (folder / "base").mkdir()
 mount = ["mount", "-t", "tmpfs", "none", str(folder / "base"), "-o"]
 subprocess.run([*mount, "size={size}"], check=True)
@@ -227,7 +228,7 @@ assert sorted(p.name for p in (folder / "base").iterdir()) == ["step_00000002", 
 assert latest_checkpoint(folder / "base").name == "step_00000004"
 subprocess.run([*mount, "remount,size=1g"], check=True)
 run_base(run=str(folder), **t.BASE)
-t.assert_same_weights(Path({whole!r}), folder, "base")
+t.assert_same_weights(reference, folder, "base")
 """
 
 
@@ -242,8 +243,9 @@ def test_a_full_disk(whole, tmp_path):
     else:
         pytest.skip(f"no file system can be mounted here: {trial.stderr.strip() if trial else 'there is no unshare'}")
     size = sum(p.stat().st_size for p in list_checkpoints(whole / "base")[0].iterdir())
-    folder, script = copy_before(whole, "base", tmp_path / "run"), tmp_path / "full.py"
-    script.write_text(FULL.format(tests=str(Path(__file__).parent), folder=str(folder), whole=str(whole),
+    folder, reference = (copy_before(whole, "base", tmp_path / name) for name in ("run", "reference"))
+    script = tmp_path / "full.py"
+    script.write_text(FULL.format(tests=str(Path(__file__).parent), folder=str(folder), reference=str(reference),
                                   size=int(2.6 * size)), "utf-8")
     done = subprocess.run([*private, sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
