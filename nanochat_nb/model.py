@@ -22,9 +22,9 @@ __all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP'
            'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8', 'rope_table',
            'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks', 'attend_near',
            'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU', 'MLP', 'Block',
-           'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'HeadLoss',
-           'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token', 'store_in_compute_dtype',
-           'KVCache']
+           'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'softcap',
+           'HeadLoss', 'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token',
+           'store_in_compute_dtype', 'KVCache']
 
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
@@ -596,7 +596,11 @@ SOFTCAP = 15.0
 
 def head_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits (…, vocab) in float32, pressed into [-15, 15]; x (…, C), weight (vocab, C)."""
-    z = F.linear(x, weight.to(x.dtype))
+    return softcap(F.linear(x, weight.to(x.dtype)))
+
+
+def softcap(z: Tensor) -> Tensor:
+    """z in float32, pressed into [-15, 15]."""
     return SOFTCAP * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / SOFTCAP)
 
 # %% ../nbs/04_model.ipynb #chunk-loss
@@ -736,7 +740,7 @@ class GPT(Trunk):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.wte.weight.device
+        return self.resid_lambdas.device
 
     def init_weights(self, seed: int = 0) -> GPT:
         """Draw all parameters anew, each from a generator of its own."""

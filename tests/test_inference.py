@@ -140,6 +140,22 @@ def test_new_weights_are_used_and_cast_once(tok):
     assert after != before and after == silent(Engine(model, tok)).generate([[1, 2, 3]], max_new_tokens=12, temperature=0)[0][0].ids
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_follows_new_weights_and_keeps_the_company_rule(tok, dtype):
+    model, write = make_model(dtype), dict(max_new_tokens=12, temperature=0, tools=False)
+    engine = silent(Engine(model, tok, int8=True))
+    before = engine.generate([[1, 2, 3]], **write)[0][0].ids
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn(p.shape, generator=generator("other", p.numel())) * 0.2
+    after = engine.generate([[1, 2, 3]], **write)[0][0].ids
+    assert after != before and after == silent(Engine(model, tok, int8=True)).generate([[1, 2, 3]], **write)[0][0].ids
+    if dtype == torch.float32:                               # few rows and many go different ways
+        crowd = silent(Engine(model, tok, int8=True)).generate([[1, 2, 3], *([i] for i in range(30))], **write)
+        assert crowd[0][0].ids == after
+    assert {m.numbers.dtype for m in engine.model.modules() if isinstance(m, inference.Int8)} == {torch.int8}
+
+
 def test_training_goes_on_after_generating(tok):
     model = make_model()
     silent(Engine(model, tok)).generate([[1] * 200], max_new_tokens=5)
@@ -246,6 +262,7 @@ def test_command_line_answers_and_chats(tok, tmp_path, capsys, monkeypatch):
         first = capsys.readouterr().out
         main(["--run", str(run), "--stage", stage, "-p", "one two", "--max-new-tokens", "5", "--temperature", "0"])
         assert first == capsys.readouterr().out
+    main(["--run", str(run), "--stage", "sft", "-p", "one two", "--max-new-tokens", "5", "--int8", "--min-p", "0.1"])
     with pytest.raises(UserError, match="shorten it"):
         main(["--run", str(run), "--stage", "sft", "-p", "7" * 999])
     lines = iter(["one two three four five six seven " * 3] * 9 + ["/new", "", "one", "7" * 999])
