@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import json
 import os
@@ -17,14 +18,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -36,15 +40,18 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from .checkpoint import latest_checkpoint, load_model
 from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
                                    run_folder)
+from .model import head_logits
 from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits', 'Part', 'Message',
-           'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'ApiError',
-           'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose',
-           'parts', 'Shape', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'sampling_options',
-           'create_app', 'model_loaders', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
+__all__ = ['StopString', 'ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits',
+           'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response',
+           'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage',
+           'prose', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs',
+           'text_logprobs', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'check_rows',
+           'sampling_options', 'create_app', 'model_loaders', 'EventStream', 'answer_request', 'add_routes',
+           'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -95,11 +102,12 @@ class Ticket:
 
 # %% ../nbs/16_server.ipynb #engineworker
 class EngineWorker:
-    """The one thread that steps an engine; `submit` and `cancel` may be called from any thread."""
+    """The one thread that steps an engine; `submit`, `cancel` and `call` may be called from any
+    thread."""
 
     def __init__(self, engine):
         self.engine, self.active = engine, {}  # active: engine's number -> ticket; the thread's own
-        self.waiting = 0                                 # tickets submitted and not finished
+        self.waiting = 0                                 # tickets and calls that are not done
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
@@ -118,6 +126,14 @@ class EngineWorker:
         """Free the request's row, if it still has one. Harmless afterwards."""
         self._inbox.put(("cancel", ticket))
 
+    def call(self, function: Callable) -> Future:
+        """`function(engine)`, run by the engine's thread between two steps."""
+        future: Future = Future()
+        with self._lock:
+            self.waiting += 1
+        self._inbox.put(("call", (function, future)))
+        return future
+
     def close(self, *, wait: float = 10) -> None:
         """Let the thread end after the step it is in; wait for that at most `wait` seconds."""
         self._inbox.put(("close", None))
@@ -133,8 +149,10 @@ def _finish(self: EngineWorker, ticket: Ticket, ids: list[int], reason: str) -> 
 
 
 @patch_to(EngineWorker)
-def _obey(self: EngineWorker, command: str, ticket: Ticket) -> None:
-    if command == "submit":
+def _obey(self: EngineWorker, command: str, ticket: Ticket | tuple) -> None:
+    if command == "call":
+        self._answer_call(*ticket)
+    elif command == "submit":
         try:
             ticket.request = self.engine.submit(ticket.prompt, **ticket.options)
             self.active[ticket.request] = ticket
@@ -143,6 +161,17 @@ def _obey(self: EngineWorker, command: str, ticket: Ticket) -> None:
     elif ticket.request in self.active:
         self.engine.cancel(ticket.request)
         self._finish(ticket, [], "cancelled")
+
+
+@patch_to(EngineWorker)
+def _answer_call(self: EngineWorker, function: Callable, future: Future) -> None:
+    with self._lock:
+        self.waiting -= 1
+    if future.set_running_or_notify_cancel():        # else whoever asked has gone
+        try:
+            future.set_result(function(self.engine))
+        except Exception as error:
+            future.set_exception(error)
 
 # %% ../nbs/16_server.ipynb #worker-runs
 @patch_to(EngineWorker)
@@ -267,6 +296,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+StopString = Annotated[str, Field(max_length=1000)]
+
+
 class Sampling(BaseModel):
     """What chat and plain completions have in common."""
     model: str = ""
@@ -274,12 +306,11 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=1_000_000)
     max_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: bool | int | None = None
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -289,11 +320,26 @@ class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top(self) -> int | None:
+        """So many alternatives to each token are wanted; None: no log-probabilities at all."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top(self) -> int | None:
+        """As for a chat, in the older form: one number says both."""
+        return self.logprobs
 
 # %% ../nbs/16_server.ipynb #error-response
 def error_response(status: int, message: str, *, kind: str = "invalid_request_error",
@@ -460,7 +506,16 @@ class Job:
     options: dict
     stop: tuple[str, ...] = ()
     dropped_turns: int = 0
-    completion_tokens: int = 0
+    top: int | None = None           # give log-probabilities, and those of so many alternatives
+    echo: int | None = None          # give the prompt back, from its token number `echo` on
+    ids: list[list[int]] = field(init=False)      # what was written so far, for each prompt
+
+    def __post_init__(self):
+        self.ids = [[] for _ in self.prompts]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(map(len, self.ids))
 
 # %% ../nbs/16_server.ipynb #run-job
 async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], str | None]]:
@@ -476,14 +531,19 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
                 loop.call_soon_threadsafe(inbox.put_nowait, (index, ids, finish))
         return put
 
+    wanted = job.options["max_new_tokens"] > 0               # 0: the prompt alone is of interest
+    for index, prompt in enumerate(job.prompts):
+        if job.echo is not None or not wanted:
+            shown = [] if job.echo is None else [("text", tokenizer.decode(prompt[job.echo:]))]
+            yield index, merge_pieces(shown), None if wanted else "length"
     tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i)
-               for i, prompt in enumerate(job.prompts)}
+               for i, prompt in enumerate(job.prompts) if wanted}
     try:
         while tickets:
             index, ids, finish = await inbox.get()
             if index not in tickets:
                 continue
-            job.completion_tokens += len(ids)
+            job.ids[index] += ids
             if finish and finish.startswith("error: "):
                 raise ApiError(500, finish[7:], kind="server_error")
             pieces = decoders[index].feed(ids)
@@ -535,24 +595,95 @@ class Shape:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model,
                 "choices": choices}
 
-    def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
+    def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
+              logprobs: dict | None = None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None,
+            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
             delta["nanochat"] = {"parts": parts(pieces)}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
+    def choice(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
+               logprobs: dict | None = None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None,
+            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+# %% ../nbs/16_server.ipynb #token-scores
+@torch.inference_mode()
+def token_scores(engine: Engine, row: list[int],
+                 top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each token of `row` but the first: its log-probability after those before it, and the
+    `top` likeliest tokens there with theirs."""
+    model, ids, out = engine.model, torch.tensor(row), []
+    hidden = model.hidden(ids[None].to(model.device))[0, :-1]
+    weight = model.lm_head.weight[:model.config.vocab_size]
+    for states, truth in zip(hidden.split(1024), ids[1:].to(model.device).split(1024)):
+        scores = head_logits(states, weight).log_softmax(-1)
+        values, places = scores.topk(min(top, scores.size(-1)))
+        right = scores.gather(1, truth[:, None])[:, 0].tolist()
+        out += zip(right, ([*zip(p, v)] for p, v in zip(places.tolist(), values.tolist())))
+    return out
+
+# %% ../nbs/16_server.ipynb #token-name
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """The token's text, or its bytes when they are no text by themselves."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+
+def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
+               chat: bool) -> list[int]:
+    """Those of an answer's ids that are listed with their log-probabilities."""
+    shown, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
+    size = len(prose(shown.feed(ids) + shown.flush()))
+    if shown.stopped:
+        while size > 0:
+            size -= len(prose(plain.feed(ids[taken:taken + 1])))
+            taken += 1
+        return ids[:taken]
+    return ids[:-1] if chat and ids and ids[-1] == shown.end else ids
+
+# %% ../nbs/16_server.ipynb #logprobs-of
+async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
+    """The `logprobs` of a finished choice in OpenAI's form, or None when they are not wanted."""
+    if job.top is None:
+        return None
+    tokenizer, prompt = job.worker.engine.tokenizer, job.prompts[index]
+    first = len(prompt) if job.echo is None else job.echo
+    row = prompt + listed_ids(tokenizer, job.ids[index], job.stop, chat)
+    found = await asyncio.wrap_future(
+        job.worker.call(lambda engine: token_scores(engine, row, job.top)))
+    write = chat_logprobs if chat else text_logprobs
+    return write(tokenizer, row[first:], [(None, []), *found][first:])
+
+
+def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+    def entry(token: int, score: float) -> dict:
+        return {"token": token_name(tokenizer, token), "logprob": score,
+                "bytes": list(tokenizer.decode_bytes([token]))}
+    return {"content": [entry(token, score) | {"top_logprobs": [entry(*other) for other in others]}
+                        for token, (score, others) in zip(ids, scores)], "refusal": None}
+
+
+def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+    names = [token_name(tokenizer, token) for token in ids]
+    likeliest = [others and {token_name(tokenizer, t): s for t, s in others} | {name: score} or None
+                 for name, (score, others) in zip(names, scores)]
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    sizes = (len(decode(tokenizer.decode_bytes([token]))) for token in ids)
+    return {"tokens": names, "token_logprobs": [score for score, _ in scores],
+            "top_logprobs": likeliest, "text_offset": [0, *accumulate(sizes)][:-1]}
 
 # %% ../nbs/16_server.ipynb #stream-answer
 async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> AsyncIterator[str]:
@@ -566,7 +697,8 @@ async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> 
     try:
         async with contextlib.aclosing(run_job(job)) as events:
             async for index, pieces, finish in events:
-                yield sse(shape.envelope([shape.delta(index, pieces, finish)], chunk=True))
+                found = await logprobs_of(job, index, shape.chat) if finish else None
+                yield sse(shape.envelope([shape.delta(index, pieces, finish, found)], chunk=True))
     except ApiError as error:                              # the status line has long been sent
         yield sse(error.response.body.decode())
         return
@@ -584,7 +716,8 @@ async def whole_answer(job: Job, shape: Shape, n: int, request: Request) -> Resp
             reasons[index] = finish or reasons[index]
             if await request.is_disconnected():
                 return Response(status_code=499)
-    choices = [shape.choice(i, merge_pieces(p), r) for i, (p, r) in enumerate(zip(pieces, reasons))]
+    choices = [shape.choice(i, merge_pieces(p), r, await logprobs_of(job, i, shape.chat))
+               for i, (p, r) in enumerate(zip(pieces, reasons))]
     note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
     return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job, n)} | note)
 
@@ -601,7 +734,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
     ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {"tools": True}
-    return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped)
+    return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped, body.top)
 
 # %% ../nbs/16_server.ipynb #completion-job
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
@@ -611,18 +744,25 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
     one = isinstance(prompt, str) or prompt and isinstance(prompt[0], int)
     many = [prompt] if one else prompt
     rows = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in many]
+    check_rows(rows, tokenizer.vocab_size, worker.engine.max_len)
+    wanted = min(16 if body.max_tokens is None else body.max_tokens, limits.max_tokens)
+    room = worker.engine.max_len - max(map(len, rows))
+    options = sampling_options(body, wanted, room) | {"tools": False}
+    ours = isinstance(many[0], str)                          # the <|bos|> is: not given back
+    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops(),
+               top=body.top, echo=int(ours) if body.echo else None)
+
+
+def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
+    """Raise ApiError for prompts that a model with this context cannot continue."""
     if not rows or not all(rows):
         raise ApiError(400, "the prompt is empty", param="prompt")
-    if any(not 0 <= i < tokenizer.vocab_size for row in rows for i in row):
-        raise ApiError(400, f"token ids go from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-    longest, context = max(map(len, rows)), worker.engine.max_len
+    if any(not 0 <= i < vocab_size for row in rows for i in row):
+        raise ApiError(400, f"token ids go from 0 to {vocab_size - 1}", param="prompt")
+    longest = max(map(len, rows))
     if longest >= context:
         raise ApiError(400, f"the prompt has {longest} tokens and the context only {context}",
-                       param="prompt",
-                       code="context_length_exceeded")
-    wanted = min(body.max_tokens or 16, limits.max_tokens)
-    options = sampling_options(body, wanted, context - longest) | {"tools": False}
-    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops())
+                       param="prompt", code="context_length_exceeded")
 
 # %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
@@ -693,8 +833,8 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
         if worker.waiting >= limits.requests:
             raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
                            headers={"Retry-After": "2"})
-        if body.logprobs:
-            raise ApiError(400, "logprobs are not available", param="logprobs")
+        if body.top is not None and not hasattr(worker.engine, "model"):
+            raise ApiError(400, "logprobs are not available here", param="logprobs")
         n, most = body.n or 1, limits.choices
         job = prepare(worker, body, limits) if n <= most else None
         if job is None or len(job.prompts) > most:

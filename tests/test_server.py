@@ -1,4 +1,5 @@
-"""The server's models: none leaves while a request holds it, none makes the others wait."""
+"""The server: what a client may rely on, whoever else is asking."""
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from nanochat_nb.corpus import open_text
-from nanochat_nb.inference import TEMPERATURE, chat, run_folder
+from nanochat_nb.inference import TEMPERATURE, Engine, chat, run_folder
+from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import UserError
 from nanochat_nb.server import (ApiError, Limits, ModelPool, Sampling, ScriptedEngine, check_port, create_app,
                                 sampling_options)
@@ -89,6 +92,34 @@ def test_a_model_that_does_not_load_can_be_asked_for_again(loaders):
     load(pool, "a")
     assert list(pool.workers) == ["a"]
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def engine(tok):
+    config = GPTConfig(sequence_len=64, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    return Engine(GPT(config, dtype=torch.float32).init_weights(1), tok)
+
+
+def test_echo_and_log_probabilities(engine, tok):
+    """Ids or text, whole or streamed, with or without new tokens: the same numbers, and as many as there are tokens."""
+    client, ids = TestClient(create_app(engine)), tok.encode("one owl 🦉")
+    ask = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 3, "temperature": 0}
+    whole = client.post("/v1/completions", json=ask).json()["choices"][0]
+    found = whole["logprobs"]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["text_offset"]) == len(ids) + 3
+    assert any(name.startswith("bytes:\\x") for name in found["tokens"]) and whole["text"].startswith("one owl 🦉")
+    prompt = client.post("/v1/completions", json=ask | {"max_tokens": 0}).json()
+    assert prompt["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(found["token_logprobs"][1:len(ids)])
+    assert prompt["choices"][0]["text"] == "one owl 🦉" and prompt["usage"]["completion_tokens"] == 0
+    lines = client.post("/v1/completions", json=ask | {"stream": True, "prompt": [ids, ids]}).text.split("\n\n")
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    for index in (0, 1):
+        mine = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in mine) == whole["text"]
+        [given] = [chunk["logprobs"] for chunk in mine if chunk["logprobs"]]
+        assert given["token_logprobs"][1:] == pytest.approx(found["token_logprobs"][1:])
+    assert client.post("/v1/completions", json=ask | {"logprobs": 99}).status_code == 400
 
 
 def test_every_request_lets_its_model_go(loaders):
