@@ -40,18 +40,18 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from .checkpoint import latest_checkpoint, load_model
 from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
                                    run_folder)
-from .model import head_logits
+from .model import GPTConfig, head_logits
 from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
 __all__ = ['StopString', 'ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits',
            'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response',
-           'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage',
-           'prose', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs',
-           'text_logprobs', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'check_rows',
-           'sampling_options', 'create_app', 'model_loaders', 'EventStream', 'answer_request', 'add_routes',
-           'check_port', 'serve', 'main']
+           'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes', 'half_of_memory', 'ModelPool',
+           'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
+           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer', 'chat_job',
+           'completion_job', 'check_rows', 'sampling_options', 'create_app', 'model_loaders', 'named_engines',
+           'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -433,16 +433,37 @@ def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
             f"no trained model in {run}; finish the run: bash run_all.sh --run {run.name}")
     return found
 
+# %% ../nbs/16_server.ipynb #model-bytes
+def model_bytes(folder: Path, stage: str) -> int:
+    """About what the newest model of a stage takes in memory while it answers, in bytes."""
+    path = latest_checkpoint(folder / stage)
+    config = GPTConfig(**json.loads((path / "meta.json").read_text(encoding="utf-8"))["config"])
+    numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim     # of a token in the cache
+    cache = 4 * numbers * 64 * config.sequence_len
+    return (path / "model.safetensors").stat().st_size * 3 // 2 + cache
+
+
+def half_of_memory(device: torch.device) -> int:
+    """Half of what this machine, or the GPU, has left for models, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    limit = Path("/sys/fs/cgroup/memory.max")                # a container may have less
+    most = limit.read_text().strip() if limit.exists() else "max"
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, int(most) if most.isdigit() else physical) // 2
+
 # %% ../nbs/16_server.ipynb #modelpool
 class ModelPool:
-    """Engines by name, each with its thread, loaded on demand; at most `keep` stay, the longest
-    idle leaves. One that is in use never leaves."""
+    """Engines by name, each with its thread, loaded on demand. Together their `sizes` stay within
+    `budget`: the longest idle leaves, one in use never. What has no size takes no room."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], object]], *, keep: int = 2):
-        self.loaders, self.keep = dict(loaders), keep
+    def __init__(self, loaders: Mapping[str, Callable[[], object]], *,
+                 sizes: Mapping[str, int] = {}, budget: int = 0):
+        self.loaders, self.sizes, self.budget = dict(loaders), dict(sizes), budget
+        self.room: dict[str, int] = {}                     # taken by models here, or on their way
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
         self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
-        self._lock = threading.Lock()                      # for both tables above: never for long
+        self._lock = threading.Lock()                      # for the tables above: never for long
         self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
@@ -454,7 +475,7 @@ class ModelPool:
     def use(self, name: str = "") -> Iterator[EngineWorker]:
         """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
 
-        Raises ApiError (404) for an unknown name.
+        Raises ApiError: 404 for an unknown name, 429 when those in use leave no room.
         """
         name = name or self.default
         if name not in self.loaders:
@@ -467,7 +488,6 @@ class ModelPool:
         finally:
             with self._lock:
                 self._users[name] -= 1
-                self._keep(self.keep)
 
     def close(self) -> None:
         """End every thread."""
@@ -480,8 +500,12 @@ def _worker(self: ModelPool, name: str) -> EngineWorker:
     with self._loading[name]:                          # who wants the same model waits for it
         if name not in self.workers:
             with self._lock:
-                self._keep(self.keep - 1)
-            worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+                self._make_room(name)
+            try:
+                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+            except BaseException:
+                self.room.pop(name)
+                raise
             with self._lock:
                 self.workers[name] = worker
         with self._lock:
@@ -490,12 +514,19 @@ def _worker(self: ModelPool, name: str) -> EngineWorker:
 
 
 @patch_to(ModelPool)
-def _keep(self: ModelPool, most: int) -> None:
-    """Let idle models leave until at most `most` are left. The caller holds the lock, so nobody
-    waits for their threads to end."""
-    for name, worker in list(self.workers.items()):
-        if len(self.workers) > most and not self._users[name] and not worker.waiting:
-            self.workers.pop(name).close(wait=0)
+def _make_room(self: ModelPool, name: str) -> None:
+    """Let idle models leave until this one fits, and reserve its room. A model larger than the
+    budget may come when it is alone. The caller holds the lock, so nobody waits for threads."""
+    size = self.sizes.get(name, 0)
+    idle = [n for n, w in self.workers.items() if not self._users[n] and not w.waiting]
+    busy = sum(taken for n, taken in self.room.items() if n not in idle)
+    if busy and busy + size > self.budget:
+        raise ApiError(429, f"the models in use leave no room for {name!r}: try again later",
+                       kind="rate_limit_error", param="model", headers={"Retry-After": "5"})
+    while idle and sum(self.room.values()) + size > self.budget:
+        self.room.pop(idle[0])
+        self.workers.pop(idle.pop(0)).close(wait=0)
+    self.room[name] = size
 
 # %% ../nbs/16_server.ipynb #job
 @dataclass
@@ -775,15 +806,21 @@ def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
                name: str = "nanochat",
                device: str | None = None, dtype=None, limits: Limits = Limits(), api_key: str = "",
+               memory: int | None = None,
                hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]",
                                          "testserver")) -> FastAPI:
     """An OpenAI-compatible application.
 
     `source` is a run's folder (each of its stages is a model), a folder of runs, one engine
-    (called `name`), or a mapping from names to functions that return an engine. Raises UserError
-    when the folder holds no model.
+    (called `name`), or a mapping from names to functions that return an engine. Models of folders
+    share `memory` bytes (None: half of what there is). Raises UserError when the folder holds no
+    model.
     """
-    pool = ModelPool(model_loaders(source, name, device, dtype))
+    found = find_models(source) if isinstance(source, (str, Path)) else {}
+    budget = half_of_memory(detect_device(device)) if memory is None else memory
+    pool = ModelPool(model_loaders(found, device, dtype) or named_engines(source, name),
+                     sizes={model: model_bytes(*where) for model, where in found.items()},
+                     budget=budget)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -799,16 +836,20 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     return app
 
 # %% ../nbs/16_server.ipynb #model-loaders
-def model_loaders(source, name: str, device: str | None, dtype) -> dict[str, Callable[[], Engine]]:
-    """`source` of `create_app` as a mapping from names to functions that load."""
-    if isinstance(source, (str, Path)):
-        def loader(folder: Path, stage: str) -> Callable[[], Engine]:
-            def load() -> Engine:
-                model, tokenizer, meta = load_model(folder, stage=stage,
-                                                    device=detect_device(device), dtype=dtype)
-                return Engine(model, tokenizer)
-            return load
-        return {model: loader(*where) for model, where in find_models(source).items()}
+def model_loaders(found: Mapping[str, tuple[Path, str]], device: str | None,
+                  dtype) -> dict[str, Callable[[], Engine]]:
+    """What `find_models` has found, as functions that load."""
+    def loader(folder: Path, stage: str) -> Callable[[], Engine]:
+        def load() -> Engine:
+            model, tokenizer, meta = load_model(folder, stage=stage,
+                                                device=detect_device(device), dtype=dtype)
+            return Engine(model, tokenizer)
+        return load
+    return {model: loader(*where) for model, where in found.items()}
+
+
+def named_engines(source, name: str) -> dict[str, Callable[[], Engine]]:
+    """One engine, or a mapping of functions, as `ModelPool` wants them."""
     return dict(source) if isinstance(source, Mapping) else {name: lambda: source}
 
 # %% ../nbs/16_server.ipynb #eventstream
@@ -898,7 +939,7 @@ def check_port(host: str, port: int) -> None:
 
 # %% ../nbs/16_server.ipynb #serve
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
-          device: str | None = None) -> None:
+          device: str | None = None, memory: int | None = None) -> None:
     """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
     door without a key."""
     import uvicorn
@@ -907,7 +948,7 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
     check_port(host, port)
-    app = create_app(run_folder(run), device=device, api_key=key,
+    app = create_app(run_folder(run), device=device, api_key=key, memory=memory,
                      **({} if local else {"hosts": ("*",)}))
     with app.state.pool.use():                  # load the default model now: errors come early
         pass
@@ -925,9 +966,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--device", default=None,
                         help="cpu, cuda or mps; the best one present if absent")
+    parser.add_argument("--memory-gb", type=float, default=None,
+                        help="for all loaded models together; half of what there is if absent")
     options = parser.parse_args(argv)
+    memory = None if options.memory_gb is None else int(options.memory_gb * 1e9)
     try:
-        serve(options.run, host=options.host, port=options.port, device=options.device)
+        serve(options.run, host=options.host, port=options.port, device=options.device,
+              memory=memory)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.corpus import open_text
 from nanochat_nb.inference import TEMPERATURE, Engine, chat, run_folder
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import UserError
 from nanochat_nb.server import (ApiError, Limits, ModelPool, Sampling, ScriptedEngine, check_port, create_app,
-                                sampling_options)
+                                model_bytes, sampling_options)
 from nanochat_nb.tokenizer import Tokenizer
 
 
@@ -29,6 +30,11 @@ def tok():
 @pytest.fixture
 def loaders(tok):
     return {name: lambda name=name: ScriptedEngine(tok, lambda p: tok.encode(name)) for name in "abc"}
+
+
+def small_model(tok):
+    config = GPTConfig(sequence_len=64, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    return GPT(config, dtype=torch.float32).init_weights(1)
 
 
 def submit_and_wait(worker, seconds=10):
@@ -43,16 +49,56 @@ def load(pool, name):
 
 
 def test_a_model_in_use_does_not_leave(loaders):
-    pool = ModelPool(loaders, keep=1)
+    pool = ModelPool(loaders, sizes=dict.fromkeys("abc", 1), budget=1)
     with pool.use("a") as worker:                    # found, and nothing submitted yet
-        load(pool, "b")
-        load(pool, "c")
-        assert "a" in pool.workers and submit_and_wait(worker)
-    assert list(pool.workers) == ["a"]               # the others left when nobody used them
+        with pytest.raises(ApiError) as refused:
+            load(pool, "b")
+        assert refused.value.response.status_code == 429
+        assert list(pool.workers) == ["a"] and submit_and_wait(worker)
     load(pool, "b")
-    assert list(pool.workers) == ["b"]
+    assert list(pool.workers) == ["b"] and pool.room == {"b": 1}
     with pytest.raises(ApiError):
         load(pool, "d")
+    pool.close()
+
+
+def test_two_that_load_at_once_share_the_budget(loaders):
+    """Room is taken before loading: of two models that fit alone but not together, one is told to come back."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        assert go_on.wait(30)
+        return loaders["a"]()
+
+    pool = ModelPool(loaders | {"a": slow}, sizes={"a": 2, "b": 2}, budget=3)
+    first = threading.Thread(target=lambda: load(pool, "a"))
+    first.start()
+    assert begun.wait(10)
+    with pytest.raises(ApiError) as refused:
+        load(pool, "b")
+    go_on.set()
+    first.join(10)
+    assert refused.value.response.status_code == 429 and list(pool.workers) == ["a"]
+    load(pool, "b")
+    assert list(pool.workers) == ["b"]
+    pool.close()
+
+
+def test_every_checkpoint_of_a_folder_of_runs_is_a_model(tmp_path, tok):
+    """Loaded when asked for; of three that do not fit together the least recently used leaves."""
+    for run, stages in (("one", ("base", "sft")), ("two", ("base",))):
+        tok.save(tmp_path / run / "tokenizer")
+        for stage in stages:
+            save_checkpoint(tmp_path / run / stage, 1, model=small_model(tok), meta={"tokenizer": tok.fingerprint()})
+    size = model_bytes(tmp_path / "one", "base")
+    assert size > 4 * sum(p.numel() for p in small_model(tok).parameters())
+    app = create_app(tmp_path, device="cpu", memory=2 * size)
+    client, pool = TestClient(app), app.state.pool
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["one-sft", "one-base", "two-base"]
+    for model in ("one-sft", "one-base", "one-sft", "two-base"):
+        assert client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2}).status_code == 200
+    assert list(pool.workers) == ["one-sft", "two-base"]
     pool.close()
 
 
@@ -96,8 +142,7 @@ def test_a_model_that_does_not_load_can_be_asked_for_again(loaders):
 
 @pytest.fixture(scope="module")
 def engine(tok):
-    config = GPTConfig(sequence_len=64, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
-    return Engine(GPT(config, dtype=torch.float32).init_weights(1), tok)
+    return Engine(small_model(tok), tok)
 
 
 def test_echo_and_log_probabilities(engine, tok):
