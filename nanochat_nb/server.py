@@ -10,6 +10,7 @@ import asyncio
 import codecs
 import contextlib
 import json
+import logging
 import os
 import queue
 import secrets
@@ -18,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torc
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -45,13 +47,14 @@ from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['StopString', 'ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits',
-           'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response',
-           'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes', 'half_of_memory', 'ModelPool',
-           'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
-           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer', 'chat_job',
-           'completion_job', 'check_rows', 'sampling_options', 'create_app', 'model_loaders', 'named_engines',
-           'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
+__all__ = ['log', 'StopString', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
+           'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
+           'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
+           'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
+           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer',
+           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'Observe', 'create_app',
+           'model_loaders', 'named_engines', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve',
+           'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -91,6 +94,14 @@ class ScriptedEngine:
         return events
 
 # %% ../nbs/16_server.ipynb #ticket
+log = logging.getLogger("nanochat_nb.server")
+
+
+def tell(event: str, *, level: int = logging.INFO, **facts) -> None:
+    """Write a line of JSON into the log. Facts are numbers and names, never what a user said."""
+    log.log(level, json.dumps({"time": round(time.time(), 3), "event": event} | facts))
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request on its way through the engine."""
@@ -185,7 +196,7 @@ def _run(self: EngineWorker) -> None:
         try:
             events = self.engine.step()
         except Exception as error:  # the step is lost: tell everybody, go on with new requests
-            print(f"engine: {type(error).__name__}: {error}", file=sys.stderr)
+            tell("engine failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
             for ticket in list(self.active.values()):
                 with contextlib.suppress(Exception):
                     self.engine.cancel(ticket.request)
@@ -346,6 +357,7 @@ def error_response(status: int, message: str, *, kind: str = "invalid_request_er
                    param: str | None = None,
                    code: str | None = None, headers: dict | None = None) -> JSONResponse:
     """OpenAI's error object."""
+    message = message.encode("utf-8", "replace").decode()    # half a surrogate pair is no UTF-8
     return JSONResponse({"error": {"message": message, "type": kind, "param": param,
                                    "code": code}}, status,
                         headers=headers)
@@ -539,6 +551,7 @@ class Job:
     dropped_turns: int = 0
     top: int | None = None           # give log-probabilities, and those of so many alternatives
     echo: int | None = None          # give the prompt back, from its token number `echo` on
+    first_token: float | None = None     # when it came, as `time.perf_counter` tells
     ids: list[list[int]] = field(init=False)      # what was written so far, for each prompt
 
     def __post_init__(self):
@@ -575,6 +588,7 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
             if index not in tickets:
                 continue
             job.ids[index] += ids
+            job.first_token = job.first_token or time.perf_counter()
             if finish and finish.startswith("error: "):
                 raise ApiError(500, finish[7:], kind="server_error")
             pieces = decoders[index].feed(ids)
@@ -802,6 +816,89 @@ def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
             "temperature": TEMPERATURE if body.temperature is None else body.temperature,
             "seed": secrets.randbits(48) if body.seed is None else body.seed}
 
+# %% ../nbs/16_server.ipynb #metrics
+class Metrics:
+    """Totals since the start, for Prometheus. Touched by the event loop's thread only."""
+    BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)       # seconds
+
+    def __init__(self):
+        self.totals: Counter[tuple] = Counter()              # (metric, ((label, value), …)) -> total
+
+    def add(self, metric: str, amount: float = 1, **labels: str) -> None:
+        self.totals[metric, tuple(labels.items())] += amount
+
+    def add_time(self, metric: str, seconds: float, **labels: str) -> None:
+        for bound in (*self.BOUNDS, float("inf")):
+            le = "+Inf" if bound == float("inf") else str(bound)
+            self.add(f"{metric}_bucket", int(seconds <= bound), **labels, le=le)
+        self.add(f"{metric}_sum", seconds, **labels)
+        self.add(f"{metric}_count", **labels)
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """Everything in Prometheus' text form, with what is true at the moment (`gauges`)."""
+        lines, metrics = [], {}
+        for (metric, labels), total in self.totals.items():
+            metrics.setdefault(metric, []).append((labels, total))
+        for metric, rows in metrics.items():
+            family, _, part = metric.rpartition("_")
+            if part == "bucket" or part == "total":
+                lines.append(f"# TYPE {metric if part == 'total' else family} "
+                             f"{'counter' if part == 'total' else 'histogram'}")
+            for labels, total in rows:
+                inside = ",".join(f"{k}={json.dumps(v)}" for k, v in labels)
+                lines.append(f"{metric}{{{inside}}} {total}")
+        for metric, value in gauges.items():
+            lines += [f"# TYPE {metric} gauge", f"{metric} {value}"]
+        return "\n".join(lines) + "\n"
+
+# %% ../nbs/16_server.ipynb #observe
+class Observe:
+    """ASGI middleware: counts each request and writes a line about it, but never what was said."""
+
+    def __init__(self, app, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, seen = time.perf_counter(), {"status": 499, "complete": False}
+        state = scope.setdefault("state", {})
+
+        async def watched(message):
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+            elif message["type"] == "http.response.body":
+                seen["complete"] = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            seen["status"] = seen["status"] if seen["status"] != 499 else 500
+            raise
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.note(path, state, start, **seen)
+
+    def note(self, path: str, state: dict, start: float, *, status: int, complete: bool) -> None:
+        model, job = state.get("model", ""), state.get("job")
+        seconds = time.perf_counter() - start
+        self.metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
+        facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
+        if job is not None:
+            prompt = sum(map(len, job.prompts))
+            self.metrics.add("nanochat_prompt_tokens_total", prompt, model=model)
+            self.metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
+            self.metrics.add_time("nanochat_request_seconds", seconds, model=model)
+            facts |= {"model": model, "prompt_tokens": prompt,
+                      "completion_tokens": job.completion_tokens}
+        if job is not None and job.first_token is not None:
+            first = job.first_token - start
+            self.metrics.add_time("nanochat_first_token_seconds", first, model=model)
+            facts["first_token_seconds"] = round(first, 4)
+        if path not in ("/health", "/metrics"):              # those are asked for all day long
+            tell("request", **facts)
+
 # %% ../nbs/16_server.ipynb #create-app
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
                name: str = "nanochat",
@@ -818,6 +915,7 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     """
     found = find_models(source) if isinstance(source, (str, Path)) else {}
     budget = half_of_memory(detect_device(device)) if memory is None else memory
+    metrics = Metrics()
     pool = ModelPool(model_loaders(found, device, dtype) or named_engines(source, name),
                      sizes={model: model_bytes(*where) for model, where in found.items()},
                      budget=budget)
@@ -832,7 +930,8 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    add_routes(app, pool, limits, api_key)
+    app.add_middleware(Observe, metrics=metrics)             # the last added is the outermost
+    add_routes(app, pool, limits, api_key, metrics)
     return app
 
 # %% ../nbs/16_server.ipynb #model-loaders
@@ -881,15 +980,17 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
         if job is None or len(job.prompts) > most:
             raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
                            param="n")
-        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
-                      kind == "chatcmpl")
+        name = body.model or pool.default
+        request.state.job, request.state.model = job, name
+        shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")
         if not body.stream:
             return await whole_answer(job, shape, n, request)
         include = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(stream_answer(job, shape, n, include), held.pop_all())
 
 # %% ../nbs/16_server.ipynb #add-routes
-def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> None:
+def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
+               metrics: Metrics) -> None:
     """Connect the API's paths to the functions above."""
 
     def authorize(request: Request) -> None:
@@ -900,10 +1001,18 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
+    def waiting() -> int:
+        return sum(worker.waiting for worker in list(pool.workers.values()))
+
     @app.get("/health")
     def health() -> dict:
         return {"status": "ok", "loaded": list(pool.workers),
-                "requests": sum(worker.waiting for worker in list(pool.workers.values()))}
+                "requests": waiting()}
+
+    @app.get("/metrics", dependencies=[Depends(authorize)])
+    async def prometheus() -> PlainTextResponse:
+        now = {"nanochat_requests_waiting": waiting(), "nanochat_models_loaded": len(pool.workers)}
+        return PlainTextResponse(metrics.text(now), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
     def models() -> dict:
@@ -938,6 +1047,9 @@ def check_port(host: str, port: int) -> None:
                             "choose another --port") from error
 
 # %% ../nbs/16_server.ipynb #serve
+GRACE = 5                                   # seconds that answers may take to end
+
+
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
           device: str | None = None, memory: int | None = None) -> None:
     """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
@@ -952,9 +1064,11 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
                      **({} if local else {"hosts": ("*",)}))
     with app.state.pool.use():                  # load the default model now: errors come early
         pass
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())                  # on standard error
     print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1",
           flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=GRACE)
 
 # %% ../nbs/16_server.ipynb #main
 def main(argv: list[str] | None = None) -> None:
