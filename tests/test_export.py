@@ -1,4 +1,5 @@
 """An exported model in `transformers`: the same logits, the same ids, the same conversations."""
+import json
 import os
 import random
 
@@ -10,6 +11,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from nanochat_nb.checkpoint import main, save_checkpoint   # noqa: E402
 from nanochat_nb.corpus import CONVERSATION_KINDS, conversations, open_text  # noqa: E402
+from nanochat_nb.evaluation import evaluate_core, load_hub, main as evaluate  # noqa: E402
 from nanochat_nb.inference import Engine                   # noqa: E402
 from nanochat_nb.model import GPT, GPTConfig               # noqa: E402
 from nanochat_nb.tokenizer import Tokenizer                # noqa: E402
@@ -102,3 +104,48 @@ def test_the_chat_template_writes_our_conversations(folder, tok):
         assert ids == tok.render_conversation(chat)[0]
         asked = found.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         assert found(asked, add_special_tokens=False)["input_ids"] == tok.render_for_completion(chat)
+
+
+def bundle(folder):
+    """CORE in miniature: a task of each kind."""
+    rows = {"sums": ("multiple_choice", 2, [{"query": f"{a} + {b} =", "choices": [str(a + b), str(a - b), "none"], "gold": a % 2}
+                                            for a in range(5) for b in range(3)]),
+            "who": ("schema", 0, [{"context_options": [f"The {a} slept because the {a}", f"The {a} slept because the {b}"],
+                                   "continuation": "was tired.", "gold": i % 2}
+                                  for i, (a, b) in enumerate([("owl", "cat"), ("cat", "dog"), ("dog", "owl"), ("fox", "owl")])]),
+            "next": ("language_modeling", 1, [{"context": f"one two {w} and", "continuation": w} for w in ("red", "blue", "green")])}
+    (folder / "eval_data").mkdir(parents=True)
+    (folder / "core.yaml").write_text("icl_tasks:\n" + "".join(
+        f"- {{label: {name}, dataset_uri: {name}.jsonl, num_fewshot: [{shots}], icl_task_type: {kind}}}\n"
+        for name, (kind, shots, _) in rows.items()))
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + "".join(f"{name},25\n" for name in rows))
+    for name, (_, _, lines) in rows.items():
+        (folder / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_an_exported_model_scores_what_it_scores_here(folder, ours, tok, tmp_path, capsys):
+    core = bundle(tmp_path / "core")
+    expected = evaluate_core(ours, tok, core)
+    evaluate(["--model", str(folder), "--core", str(core), "--trust-remote-code", "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out" / "eval" / "hub-core.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == expected["records"]
+    assert "core_partial" in capsys.readouterr().out
+
+
+def test_gpt2s_kind_sits_the_exam(folder, tok, tmp_path):
+    """A small random GPT-2 in place of the real one: the verdicts are those of its logits, row by row."""
+    config = transformers.GPT2Config(vocab_size=tok.vocab_size, n_positions=96, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gpt2" / name).write_bytes((folder / name).read_bytes())
+    model, tokenizer = load_hub(tmp_path / "gpt2")
+    assert model.context == 96 and tokenizer.encode("an owl") == tok.encode("an owl")
+    options = [(tok.encode("the owl and the cat", prepend="<|bos|>"), 3), (tok.encode("one", prepend="<|bos|>"), 1)]
+    for (row, start), (loss, greedy) in zip(options, model.score(options)):
+        logits = model.network(torch.tensor([row])).logits[0].log_softmax(-1)
+        by_hand = [-logits[i - 1, row[i]].item() for i in range(start, len(row))]
+        assert abs(loss - sum(by_hand) / len(by_hand)) < 1e-4
+        assert greedy == all(logits[i - 1].argmax() == row[i] for i in range(start, len(row)))
+    assert evaluate_core(model, tokenizer, bundle(tmp_path / "core"))["tasks"]["sums"]["n"] == 15
