@@ -11,5 +11,6 @@ setup(
     version=options["version"],
     description=options["description"],
     install_requires=options["requirements"].split("\n")[1:],
-    extras_require={"dev": options["dev_requirements"].split("\n")[1:]},
+    extras_require={"dev": options["dev_requirements"].split("\n")[1:],
+                    "transformers": options["transformers_requirements"].split("\n")[1:]},
 )

@@ -5,12 +5,14 @@
 # %% ../nbs/10_evaluation.ipynb #c-d2efdd55
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
 import os
 import random
 import re
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -37,12 +39,12 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE',
            'document_rows', 'padded', 'by_length', 'text_bits_per_byte', 'standard_error', 'pass_at_k', 'center',
            'core_metric', 'CoreTask', 'read_core', 'unpack_core', 'find_core', 'core_rows', 'few_shot', 'core_prompts',
            'Question', 'common_prefix', 'core_question', 'crop', 'span_scores', 'score_plain', 'score_shared', 'branch',
-           'halving', 'score_questions', 'right', 'evaluate_core_task', 'evaluate_core', 'pick_letters',
-           'write_answers', 'answer_text', 'reference', 'constant_score', 'ngram_answers', 'transcript', 'by_topic',
-           'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint', 'summary_of', 'open_texts', 'held_out',
-           'measure_text', 'continuations', 'fit_ngram', 'open_tasks', 'write_records', 'score_line', 'asked_as_text',
-           'base_answers', 'examine_base', 'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch',
-           'finish_eval']
+           'HubModel', 'HubTokenizer', 'halving', 'tokens_in_cache', 'score_questions', 'right', 'evaluate_core_task',
+           'evaluate_core', 'load_hub', 'pick_letters', 'write_answers', 'answer_text', 'reference', 'constant_score',
+           'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint',
+           'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram', 'open_tasks',
+           'write_records', 'score_line', 'asked_as_text', 'base_answers', 'examine_base', 'examine_chat',
+           'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval', 'main']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -419,6 +421,47 @@ def branch(cache: KVCache, owner: Sequence[int], room: int) -> KVCache:
     out.max_len = cache.filled + room
     return out
 
+# %% ../nbs/10_evaluation.ipynb #hub-model
+class HubModel:
+    """A causal language model of `transformers`, as CORE needs it.
+
+    `network(ids)` has `.logits` (B, T, vocab); it reads at most `context` tokens.
+    """
+
+    def __init__(self, network, context: int, device: torch.device | str = "cpu"):
+        self.network, self.context, self.device = network, context, device
+
+    @torch.no_grad()
+    def score(self, options: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Mean loss and greediness of (tokens, start) options in one forward pass."""
+        rows, starts = zip(*options)
+        logits = self.network(padded(rows, rows[0][0]).to(self.device)).logits
+        out = []
+        for row, start, scores in zip(rows, starts, logits):
+            truth = torch.tensor(row[start:], device=scores.device, dtype=torch.long)
+            seen = scores[start - 1:len(row) - 1].float()
+            loss = F.cross_entropy(seen, truth).item() if len(truth) else math.nan
+            out.append((loss, bool((seen.argmax(-1) == truth).all())))
+        return out
+
+
+class HubTokenizer:
+    """A tokenizer of `transformers`, as CORE needs it."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else (
+            tokenizer.bos_token_id)
+        if self.begin is None:
+            raise UserError("the tokenizer has no token with which a text begins")
+
+    def special(self, name: str) -> int:
+        """The token that begins a text, the only special one that is ever asked for."""
+        return self.begin
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
 # %% ../nbs/10_evaluation.ipynb #halving
 def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
     """`work(items)`; when the device runs out of memory, each half by itself."""
@@ -437,18 +480,26 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
 CACHE_BYTES = 2**32  # keys and values of the questions scored together take at most about this
 
 
-def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: int = 8192,
-                    share: bool = True) -> list[list[tuple[float, bool]]]:
+def tokens_in_cache(model: GPT) -> int:
+    """How many tokens' keys and values fit into `CACHE_BYTES`."""
+    c = model.config
+    return CACHE_BYTES // (2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize)
+
+
+def score_questions(model: GPT | HubModel, questions: Sequence[Question], *,
+                    batch_tokens: int = 8192, share: bool = True) -> list[list[tuple[float, bool]]]:
     """(mean loss, all greedy) of every option of every question, batched by length."""
     scores: list[list] = [[None] * len(q.options) for q in questions]
+    foreign = isinstance(model, HubModel)                    # has no cache that we could share
+    plain = model.score if foreign else lambda part: score_plain(model, part)
     together = [
-        i for i, q in enumerate(questions) if share and len(q.options) > 1 and q.shared >= 16
+        i for i, q in enumerate(questions)
+        if share and not foreign and len(q.options) > 1 and q.shared >= 16
     ]
     cost = [sum(map(len, questions[i].options))
             for i in together]  # the cache holds every option in full
-    c = model.config
-    token = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize  # bytes in the cache
-    for group in by_length(cost, min(4 * batch_tokens, CACHE_BYTES // token)):
+    room = min(4 * batch_tokens, tokens_in_cache(model)) if together else 0
+    for group in by_length(cost, room):
         picked = [together[g] for g in group]
         for i, result in zip(
                 picked,
@@ -459,7 +510,7 @@ def score_questions(model: GPT, questions: Sequence[Question], *, batch_tokens: 
     for group in by_length([len(questions[i].options[k]) for i, k in alone], batch_tokens):
         options = [(questions[i].options[k], questions[i].starts[k])
                    for i, k in (alone[g] for g in group)]
-        for g, result in zip(group, halving(lambda part: score_plain(model, part), options)):
+        for g, result in zip(group, halving(plain, options)):
             scores[alone[g][0]][alone[g][1]] = result
     return scores
 
@@ -473,16 +524,16 @@ def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:
     return losses.index(min(losses)) == question.gold
 
 # %% ../nbs/10_evaluation.ipynb #evaluate-core-task
-def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: Sequence[dict], *,
-                       batch_tokens: int = 8192,
+def evaluate_core_task(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenizer,
+                       task: CoreTask, rows: Sequence[dict], *, batch_tokens: int = 8192,
                        rt: Runtime | None = None) -> tuple[list[bool], int]:
     """Per row whether it was answered right, and the tokens read.
     Rows are striped over the ranks of `rt`.
 
-    A row longer than the model's positions reach (10 × sequence_len) loses its beginning.
+    A row longer than the model's positions reach (10 × sequence_len of ours) loses its beginning.
     """
     mine = range(rt.rank, len(rows), rt.world_size) if rt else range(len(rows))
-    limit = 10 * model.config.sequence_len
+    limit = model.context if isinstance(model, HubModel) else 10 * model.config.sequence_len
     questions = [crop(core_question(tokenizer, task, rows[i], few_shot(rows, i, task.shots)), limit)
                  for i in mine]
     scores = score_questions(model, questions, batch_tokens=batch_tokens)
@@ -493,9 +544,9 @@ def evaluate_core_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, rows: S
     return [verdicts[i] for i in range(len(rows))], sum(tokens for _, tokens in parts)
 
 # %% ../nbs/10_evaluation.ipynb #evaluate-core
-def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *,
-                  max_per_task: int | None = None, tasks: Sequence[str] | None = None,
-                  batch_tokens: int = 8192, rt: Runtime | None = None, show: bool = False) -> dict:
+def evaluate_core(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenizer,
+                  folder: str | Path, *, max_per_task: int | None = None,
+                  tasks: Sequence[str] | None = None, batch_tokens: int = 8192, rt: Runtime | None = None, show: bool = False) -> dict:
     """The CORE tasks whose files are in `folder`, scored as nanochat does.
 
     Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial",
@@ -530,6 +581,29 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, folder: str | Path, *,
         results[label]["centered"] = value
     return {"tasks": results, "core": mean if len(results) >= CORE_SIZE else None, "partial": mean,
             "missing": missing, "records": records, "tokens": tokens}
+
+# %% ../nbs/10_evaluation.ipynb #load-hub
+def load_hub(folder: str | Path, *, device: str = "cpu",
+             trust: bool = False) -> tuple[HubModel, HubTokenizer]:
+    """A model of `transformers` in a local folder, in float32.
+
+    Raises UserError when the library or the folder is absent, or the folder holds something else.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(f"no model at {folder}: give a folder with a config.json")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("this needs one more package: pip install transformers") from error
+    options = {"trust_remote_code": trust, "local_files_only": True}
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(folder, **options))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
+    config = network.config
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0)
+    return HubModel(network.to(device).eval(), context or 1024, device), tokenizer
 
 # %% ../nbs/10_evaluation.ipynb #pick-letters
 @torch.no_grad()
@@ -992,3 +1066,39 @@ def finish_eval(folder: Path, result: dict, rt: Runtime) -> dict:
             print(f"NOT EVALUATED: {', '.join(names)} ({why})")
     rt.barrier()
     return result
+
+# %% ../nbs/10_evaluation.ipynb #eval-main
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m nanochat_nb.evaluation --model FOLDER --core FOLDER`: CORE for any transformers
+    model."""
+    parser = argparse.ArgumentParser(prog="python -m nanochat_nb.evaluation",
+                                     description=main.__doc__)
+    parser.add_argument("--model", required=True, help="a folder that transformers loads")
+    parser.add_argument("--core", required=True, help="the folder with core.yaml and eval_data/")
+    parser.add_argument("--max-per-task", type=int, default=0, help="rows (default: all)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="let the model bring its own code, as our exported ones do")
+    parser.add_argument("--out", default="", help="a folder for the result and every verdict")
+    options = parser.parse_args(arguments)
+    model, tokenizer = load_hub(options.model, device=options.device,
+                                trust=options.trust_remote_code)
+    result = evaluate_core(model, tokenizer, options.core, show=True,
+                           max_per_task=options.max_per_task or None)
+    records = result.pop("records")
+    if options.out:
+        write_json(Path(options.out) / "eval" / "hub.json", result)
+        write_records(Path(options.out), "hub", "core", records)
+    print("\n".join(score_line(name, r) for name, r in result["tasks"].items()))
+    if result["partial"] is not None:
+        print(f"{'core' if result['core'] is not None else 'core_partial':30} "
+              f"{result['partial']:7.4f}")
+    if result["missing"]:
+        print(f"NOT EVALUATED: {', '.join(result['missing'])} (no file in eval_data)")
+
+
+if __name__ == "__main__" and __spec__ is not None:
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import json
+import logging
 import os
 import queue
 import secrets
@@ -17,17 +19,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -36,15 +42,19 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from .checkpoint import latest_checkpoint, load_model
 from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
                                    run_folder)
+from .model import GPTConfig, head_logits
 from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['ScriptedEngine', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back', 'merge_pieces', 'Limits', 'Part', 'Message',
-           'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'ApiError',
-           'add_error_handlers', 'BodyLimit', 'find_models', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose',
-           'parts', 'Shape', 'stream_answer', 'whole_answer', 'chat_job', 'completion_job', 'sampling_options',
-           'create_app', 'model_loaders', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
+__all__ = ['log', 'StopString', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
+           'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
+           'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
+           'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
+           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer',
+           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'Observe', 'create_app',
+           'model_loaders', 'named_engines', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve',
+           'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -84,6 +94,14 @@ class ScriptedEngine:
         return events
 
 # %% ../nbs/16_server.ipynb #ticket
+log = logging.getLogger("nanochat_nb.server")
+
+
+def tell(event: str, *, level: int = logging.INFO, **facts) -> None:
+    """Write a line of JSON into the log. Facts are numbers and names, never what a user said."""
+    log.log(level, json.dumps({"time": round(time.time(), 3), "event": event} | facts))
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request on its way through the engine."""
@@ -95,11 +113,12 @@ class Ticket:
 
 # %% ../nbs/16_server.ipynb #engineworker
 class EngineWorker:
-    """The one thread that steps an engine; `submit` and `cancel` may be called from any thread."""
+    """The one thread that steps an engine; `submit`, `cancel` and `call` may be called from any
+    thread."""
 
     def __init__(self, engine):
         self.engine, self.active = engine, {}  # active: engine's number -> ticket; the thread's own
-        self.waiting = 0                                 # tickets submitted and not finished
+        self.waiting = 0                                 # tickets and calls that are not done
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
@@ -118,6 +137,14 @@ class EngineWorker:
         """Free the request's row, if it still has one. Harmless afterwards."""
         self._inbox.put(("cancel", ticket))
 
+    def call(self, function: Callable) -> Future:
+        """`function(engine)`, run by the engine's thread between two steps."""
+        future: Future = Future()
+        with self._lock:
+            self.waiting += 1
+        self._inbox.put(("call", (function, future)))
+        return future
+
     def close(self, *, wait: float = 10) -> None:
         """Let the thread end after the step it is in; wait for that at most `wait` seconds."""
         self._inbox.put(("close", None))
@@ -133,8 +160,10 @@ def _finish(self: EngineWorker, ticket: Ticket, ids: list[int], reason: str) -> 
 
 
 @patch_to(EngineWorker)
-def _obey(self: EngineWorker, command: str, ticket: Ticket) -> None:
-    if command == "submit":
+def _obey(self: EngineWorker, command: str, ticket: Ticket | tuple) -> None:
+    if command == "call":
+        self._answer_call(*ticket)
+    elif command == "submit":
         try:
             ticket.request = self.engine.submit(ticket.prompt, **ticket.options)
             self.active[ticket.request] = ticket
@@ -143,6 +172,17 @@ def _obey(self: EngineWorker, command: str, ticket: Ticket) -> None:
     elif ticket.request in self.active:
         self.engine.cancel(ticket.request)
         self._finish(ticket, [], "cancelled")
+
+
+@patch_to(EngineWorker)
+def _answer_call(self: EngineWorker, function: Callable, future: Future) -> None:
+    with self._lock:
+        self.waiting -= 1
+    if future.set_running_or_notify_cancel():        # else whoever asked has gone
+        try:
+            future.set_result(function(self.engine))
+        except Exception as error:
+            future.set_exception(error)
 
 # %% ../nbs/16_server.ipynb #worker-runs
 @patch_to(EngineWorker)
@@ -156,7 +196,7 @@ def _run(self: EngineWorker) -> None:
         try:
             events = self.engine.step()
         except Exception as error:  # the step is lost: tell everybody, go on with new requests
-            print(f"engine: {type(error).__name__}: {error}", file=sys.stderr)
+            tell("engine failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
             for ticket in list(self.active.values()):
                 with contextlib.suppress(Exception):
                     self.engine.cancel(ticket.request)
@@ -267,6 +307,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+StopString = Annotated[str, Field(max_length=1000)]
+
+
 class Sampling(BaseModel):
     """What chat and plain completions have in common."""
     model: str = ""
@@ -274,12 +317,11 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=1_000_000)
     max_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: bool | int | None = None
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -289,17 +331,33 @@ class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top(self) -> int | None:
+        """So many alternatives to each token are wanted; None: no log-probabilities at all."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top(self) -> int | None:
+        """As for a chat, in the older form: one number says both."""
+        return self.logprobs
 
 # %% ../nbs/16_server.ipynb #error-response
 def error_response(status: int, message: str, *, kind: str = "invalid_request_error",
                    param: str | None = None,
                    code: str | None = None, headers: dict | None = None) -> JSONResponse:
     """OpenAI's error object."""
+    message = message.encode("utf-8", "replace").decode()    # half a surrogate pair is no UTF-8
     return JSONResponse({"error": {"message": message, "type": kind, "param": param,
                                    "code": code}}, status,
                         headers=headers)
@@ -387,16 +445,37 @@ def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
             f"no trained model in {run}; finish the run: bash run_all.sh --run {run.name}")
     return found
 
+# %% ../nbs/16_server.ipynb #model-bytes
+def model_bytes(folder: Path, stage: str) -> int:
+    """About what the newest model of a stage takes in memory while it answers, in bytes."""
+    path = latest_checkpoint(folder / stage)
+    config = GPTConfig(**json.loads((path / "meta.json").read_text(encoding="utf-8"))["config"])
+    numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim     # of a token in the cache
+    cache = 4 * numbers * 64 * config.sequence_len
+    return (path / "model.safetensors").stat().st_size * 3 // 2 + cache
+
+
+def half_of_memory(device: torch.device) -> int:
+    """Half of what this machine, or the GPU, has left for models, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    limit = Path("/sys/fs/cgroup/memory.max")                # a container may have less
+    most = limit.read_text().strip() if limit.exists() else "max"
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, int(most) if most.isdigit() else physical) // 2
+
 # %% ../nbs/16_server.ipynb #modelpool
 class ModelPool:
-    """Engines by name, each with its thread, loaded on demand; at most `keep` stay, the longest
-    idle leaves. One that is in use never leaves."""
+    """Engines by name, each with its thread, loaded on demand. Together their `sizes` stay within
+    `budget`: the longest idle leaves, one in use never. What has no size takes no room."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], object]], *, keep: int = 2):
-        self.loaders, self.keep = dict(loaders), keep
+    def __init__(self, loaders: Mapping[str, Callable[[], object]], *,
+                 sizes: Mapping[str, int] = {}, budget: int = 0):
+        self.loaders, self.sizes, self.budget = dict(loaders), dict(sizes), budget
+        self.room: dict[str, int] = {}                     # taken by models here, or on their way
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
         self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
-        self._lock = threading.Lock()                      # for both tables above: never for long
+        self._lock = threading.Lock()                      # for the tables above: never for long
         self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
@@ -408,7 +487,7 @@ class ModelPool:
     def use(self, name: str = "") -> Iterator[EngineWorker]:
         """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
 
-        Raises ApiError (404) for an unknown name.
+        Raises ApiError: 404 for an unknown name, 429 when those in use leave no room.
         """
         name = name or self.default
         if name not in self.loaders:
@@ -421,7 +500,6 @@ class ModelPool:
         finally:
             with self._lock:
                 self._users[name] -= 1
-                self._keep(self.keep)
 
     def close(self) -> None:
         """End every thread."""
@@ -434,8 +512,12 @@ def _worker(self: ModelPool, name: str) -> EngineWorker:
     with self._loading[name]:                          # who wants the same model waits for it
         if name not in self.workers:
             with self._lock:
-                self._keep(self.keep - 1)
-            worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+                self._make_room(name)
+            try:
+                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
+            except BaseException:
+                self.room.pop(name)
+                raise
             with self._lock:
                 self.workers[name] = worker
         with self._lock:
@@ -444,12 +526,19 @@ def _worker(self: ModelPool, name: str) -> EngineWorker:
 
 
 @patch_to(ModelPool)
-def _keep(self: ModelPool, most: int) -> None:
-    """Let idle models leave until at most `most` are left. The caller holds the lock, so nobody
-    waits for their threads to end."""
-    for name, worker in list(self.workers.items()):
-        if len(self.workers) > most and not self._users[name] and not worker.waiting:
-            self.workers.pop(name).close(wait=0)
+def _make_room(self: ModelPool, name: str) -> None:
+    """Let idle models leave until this one fits, and reserve its room. A model larger than the
+    budget may come when it is alone. The caller holds the lock, so nobody waits for threads."""
+    size = self.sizes.get(name, 0)
+    idle = [n for n, w in self.workers.items() if not self._users[n] and not w.waiting]
+    busy = sum(taken for n, taken in self.room.items() if n not in idle)
+    if busy and busy + size > self.budget:
+        raise ApiError(429, f"the models in use leave no room for {name!r}: try again later",
+                       kind="rate_limit_error", param="model", headers={"Retry-After": "5"})
+    while idle and sum(self.room.values()) + size > self.budget:
+        self.room.pop(idle[0])
+        self.workers.pop(idle.pop(0)).close(wait=0)
+    self.room[name] = size
 
 # %% ../nbs/16_server.ipynb #job
 @dataclass
@@ -460,7 +549,17 @@ class Job:
     options: dict
     stop: tuple[str, ...] = ()
     dropped_turns: int = 0
-    completion_tokens: int = 0
+    top: int | None = None           # give log-probabilities, and those of so many alternatives
+    echo: int | None = None          # give the prompt back, from its token number `echo` on
+    first_token: float | None = None     # when it came, as `time.perf_counter` tells
+    ids: list[list[int]] = field(init=False)      # what was written so far, for each prompt
+
+    def __post_init__(self):
+        self.ids = [[] for _ in self.prompts]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(map(len, self.ids))
 
 # %% ../nbs/16_server.ipynb #run-job
 async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], str | None]]:
@@ -476,14 +575,20 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
                 loop.call_soon_threadsafe(inbox.put_nowait, (index, ids, finish))
         return put
 
+    wanted = job.options["max_new_tokens"] > 0               # 0: the prompt alone is of interest
+    for index, prompt in enumerate(job.prompts):
+        if job.echo is not None or not wanted:
+            shown = [] if job.echo is None else [("text", tokenizer.decode(prompt[job.echo:]))]
+            yield index, merge_pieces(shown), None if wanted else "length"
     tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i)
-               for i, prompt in enumerate(job.prompts)}
+               for i, prompt in enumerate(job.prompts) if wanted}
     try:
         while tickets:
             index, ids, finish = await inbox.get()
             if index not in tickets:
                 continue
-            job.completion_tokens += len(ids)
+            job.ids[index] += ids
+            job.first_token = job.first_token or time.perf_counter()
             if finish and finish.startswith("error: "):
                 raise ApiError(500, finish[7:], kind="server_error")
             pieces = decoders[index].feed(ids)
@@ -535,24 +640,95 @@ class Shape:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model,
                 "choices": choices}
 
-    def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
+    def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
+              logprobs: dict | None = None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None,
+            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
             delta["nanochat"] = {"parts": parts(pieces)}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: list[tuple[str, str]], finish: str | None) -> dict:
+    def choice(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
+               logprobs: dict | None = None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": None,
+            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+# %% ../nbs/16_server.ipynb #token-scores
+@torch.inference_mode()
+def token_scores(engine: Engine, row: list[int],
+                 top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each token of `row` but the first: its log-probability after those before it, and the
+    `top` likeliest tokens there with theirs."""
+    model, ids, out = engine.model, torch.tensor(row), []
+    hidden = model.hidden(ids[None].to(model.device))[0, :-1]
+    weight = model.lm_head.weight[:model.config.vocab_size]
+    for states, truth in zip(hidden.split(1024), ids[1:].to(model.device).split(1024)):
+        scores = head_logits(states, weight).log_softmax(-1)
+        values, places = scores.topk(min(top, scores.size(-1)))
+        right = scores.gather(1, truth[:, None])[:, 0].tolist()
+        out += zip(right, ([*zip(p, v)] for p, v in zip(places.tolist(), values.tolist())))
+    return out
+
+# %% ../nbs/16_server.ipynb #token-name
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """The token's text, or its bytes when they are no text by themselves."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+
+def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
+               chat: bool) -> list[int]:
+    """Those of an answer's ids that are listed with their log-probabilities."""
+    shown, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
+    size = len(prose(shown.feed(ids) + shown.flush()))
+    if shown.stopped:
+        while size > 0:
+            size -= len(prose(plain.feed(ids[taken:taken + 1])))
+            taken += 1
+        return ids[:taken]
+    return ids[:-1] if chat and ids and ids[-1] == shown.end else ids
+
+# %% ../nbs/16_server.ipynb #logprobs-of
+async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
+    """The `logprobs` of a finished choice in OpenAI's form, or None when they are not wanted."""
+    if job.top is None:
+        return None
+    tokenizer, prompt = job.worker.engine.tokenizer, job.prompts[index]
+    first = len(prompt) if job.echo is None else job.echo
+    row = prompt + listed_ids(tokenizer, job.ids[index], job.stop, chat)
+    found = await asyncio.wrap_future(
+        job.worker.call(lambda engine: token_scores(engine, row, job.top)))
+    write = chat_logprobs if chat else text_logprobs
+    return write(tokenizer, row[first:], [(None, []), *found][first:])
+
+
+def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+    def entry(token: int, score: float) -> dict:
+        return {"token": token_name(tokenizer, token), "logprob": score,
+                "bytes": list(tokenizer.decode_bytes([token]))}
+    return {"content": [entry(token, score) | {"top_logprobs": [entry(*other) for other in others]}
+                        for token, (score, others) in zip(ids, scores)], "refusal": None}
+
+
+def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+    names = [token_name(tokenizer, token) for token in ids]
+    likeliest = [others and {token_name(tokenizer, t): s for t, s in others} | {name: score} or None
+                 for name, (score, others) in zip(names, scores)]
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    sizes = (len(decode(tokenizer.decode_bytes([token]))) for token in ids)
+    return {"tokens": names, "token_logprobs": [score for score, _ in scores],
+            "top_logprobs": likeliest, "text_offset": [0, *accumulate(sizes)][:-1]}
 
 # %% ../nbs/16_server.ipynb #stream-answer
 async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> AsyncIterator[str]:
@@ -566,7 +742,8 @@ async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> 
     try:
         async with contextlib.aclosing(run_job(job)) as events:
             async for index, pieces, finish in events:
-                yield sse(shape.envelope([shape.delta(index, pieces, finish)], chunk=True))
+                found = await logprobs_of(job, index, shape.chat) if finish else None
+                yield sse(shape.envelope([shape.delta(index, pieces, finish, found)], chunk=True))
     except ApiError as error:                              # the status line has long been sent
         yield sse(error.response.body.decode())
         return
@@ -584,7 +761,8 @@ async def whole_answer(job: Job, shape: Shape, n: int, request: Request) -> Resp
             reasons[index] = finish or reasons[index]
             if await request.is_disconnected():
                 return Response(status_code=499)
-    choices = [shape.choice(i, merge_pieces(p), r) for i, (p, r) in enumerate(zip(pieces, reasons))]
+    choices = [shape.choice(i, merge_pieces(p), r, await logprobs_of(job, i, shape.chat))
+               for i, (p, r) in enumerate(zip(pieces, reasons))]
     note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
     return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job, n)} | note)
 
@@ -601,7 +779,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
     ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {"tools": True}
-    return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped)
+    return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped, body.top)
 
 # %% ../nbs/16_server.ipynb #completion-job
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
@@ -611,18 +789,25 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
     one = isinstance(prompt, str) or prompt and isinstance(prompt[0], int)
     many = [prompt] if one else prompt
     rows = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in many]
+    check_rows(rows, tokenizer.vocab_size, worker.engine.max_len)
+    wanted = min(16 if body.max_tokens is None else body.max_tokens, limits.max_tokens)
+    room = worker.engine.max_len - max(map(len, rows))
+    options = sampling_options(body, wanted, room) | {"tools": False}
+    ours = isinstance(many[0], str)                          # the <|bos|> is: not given back
+    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops(),
+               top=body.top, echo=int(ours) if body.echo else None)
+
+
+def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
+    """Raise ApiError for prompts that a model with this context cannot continue."""
     if not rows or not all(rows):
         raise ApiError(400, "the prompt is empty", param="prompt")
-    if any(not 0 <= i < tokenizer.vocab_size for row in rows for i in row):
-        raise ApiError(400, f"token ids go from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-    longest, context = max(map(len, rows)), worker.engine.max_len
+    if any(not 0 <= i < vocab_size for row in rows for i in row):
+        raise ApiError(400, f"token ids go from 0 to {vocab_size - 1}", param="prompt")
+    longest = max(map(len, rows))
     if longest >= context:
         raise ApiError(400, f"the prompt has {longest} tokens and the context only {context}",
-                       param="prompt",
-                       code="context_length_exceeded")
-    wanted = min(body.max_tokens or 16, limits.max_tokens)
-    options = sampling_options(body, wanted, context - longest) | {"tools": False}
-    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops())
+                       param="prompt", code="context_length_exceeded")
 
 # %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
@@ -631,19 +816,109 @@ def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
             "temperature": TEMPERATURE if body.temperature is None else body.temperature,
             "seed": secrets.randbits(48) if body.seed is None else body.seed}
 
+# %% ../nbs/16_server.ipynb #metrics
+class Metrics:
+    """Totals since the start, for Prometheus. Touched by the event loop's thread only."""
+    BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)       # seconds
+
+    def __init__(self):
+        self.totals: Counter[tuple] = Counter()              # (metric, ((label, value), …)) -> total
+
+    def add(self, metric: str, amount: float = 1, **labels: str) -> None:
+        self.totals[metric, tuple(labels.items())] += amount
+
+    def add_time(self, metric: str, seconds: float, **labels: str) -> None:
+        for bound in (*self.BOUNDS, float("inf")):
+            le = "+Inf" if bound == float("inf") else str(bound)
+            self.add(f"{metric}_bucket", int(seconds <= bound), **labels, le=le)
+        self.add(f"{metric}_sum", seconds, **labels)
+        self.add(f"{metric}_count", **labels)
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """Everything in Prometheus' text form, with what is true at the moment (`gauges`)."""
+        lines, metrics = [], {}
+        for (metric, labels), total in self.totals.items():
+            metrics.setdefault(metric, []).append((labels, total))
+        for metric, rows in metrics.items():
+            family, _, part = metric.rpartition("_")
+            if part == "bucket" or part == "total":
+                lines.append(f"# TYPE {metric if part == 'total' else family} "
+                             f"{'counter' if part == 'total' else 'histogram'}")
+            for labels, total in rows:
+                inside = ",".join(f"{k}={json.dumps(v)}" for k, v in labels)
+                lines.append(f"{metric}{{{inside}}} {total}")
+        for metric, value in gauges.items():
+            lines += [f"# TYPE {metric} gauge", f"{metric} {value}"]
+        return "\n".join(lines) + "\n"
+
+# %% ../nbs/16_server.ipynb #observe
+class Observe:
+    """ASGI middleware: counts each request and writes a line about it, but never what was said."""
+
+    def __init__(self, app, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, seen = time.perf_counter(), {"status": 499, "complete": False}
+        state = scope.setdefault("state", {})
+
+        async def watched(message):
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+            elif message["type"] == "http.response.body":
+                seen["complete"] = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            seen["status"] = seen["status"] if seen["status"] != 499 else 500
+            raise
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.note(path, state, start, **seen)
+
+    def note(self, path: str, state: dict, start: float, *, status: int, complete: bool) -> None:
+        model, job = state.get("model", ""), state.get("job")
+        seconds = time.perf_counter() - start
+        self.metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
+        facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
+        if job is not None:
+            prompt = sum(map(len, job.prompts))
+            self.metrics.add("nanochat_prompt_tokens_total", prompt, model=model)
+            self.metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
+            self.metrics.add_time("nanochat_request_seconds", seconds, model=model)
+            facts |= {"model": model, "prompt_tokens": prompt,
+                      "completion_tokens": job.completion_tokens}
+        if job is not None and job.first_token is not None:
+            first = job.first_token - start
+            self.metrics.add_time("nanochat_first_token_seconds", first, model=model)
+            facts["first_token_seconds"] = round(first, 4)
+        if path not in ("/health", "/metrics"):              # those are asked for all day long
+            tell("request", **facts)
+
 # %% ../nbs/16_server.ipynb #create-app
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
                name: str = "nanochat",
                device: str | None = None, dtype=None, limits: Limits = Limits(), api_key: str = "",
+               memory: int | None = None,
                hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]",
                                          "testserver")) -> FastAPI:
     """An OpenAI-compatible application.
 
     `source` is a run's folder (each of its stages is a model), a folder of runs, one engine
-    (called `name`), or a mapping from names to functions that return an engine. Raises UserError
-    when the folder holds no model.
+    (called `name`), or a mapping from names to functions that return an engine. Models of folders
+    share `memory` bytes (None: half of what there is). Raises UserError when the folder holds no
+    model.
     """
-    pool = ModelPool(model_loaders(source, name, device, dtype))
+    found = find_models(source) if isinstance(source, (str, Path)) else {}
+    budget = half_of_memory(detect_device(device)) if memory is None else memory
+    metrics = Metrics()
+    pool = ModelPool(model_loaders(found, device, dtype) or named_engines(source, name),
+                     sizes={model: model_bytes(*where) for model, where in found.items()},
+                     budget=budget)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -655,20 +930,25 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    add_routes(app, pool, limits, api_key)
+    app.add_middleware(Observe, metrics=metrics)             # the last added is the outermost
+    add_routes(app, pool, limits, api_key, metrics)
     return app
 
 # %% ../nbs/16_server.ipynb #model-loaders
-def model_loaders(source, name: str, device: str | None, dtype) -> dict[str, Callable[[], Engine]]:
-    """`source` of `create_app` as a mapping from names to functions that load."""
-    if isinstance(source, (str, Path)):
-        def loader(folder: Path, stage: str) -> Callable[[], Engine]:
-            def load() -> Engine:
-                model, tokenizer, meta = load_model(folder, stage=stage,
-                                                    device=detect_device(device), dtype=dtype)
-                return Engine(model, tokenizer)
-            return load
-        return {model: loader(*where) for model, where in find_models(source).items()}
+def model_loaders(found: Mapping[str, tuple[Path, str]], device: str | None,
+                  dtype) -> dict[str, Callable[[], Engine]]:
+    """What `find_models` has found, as functions that load."""
+    def loader(folder: Path, stage: str) -> Callable[[], Engine]:
+        def load() -> Engine:
+            model, tokenizer, meta = load_model(folder, stage=stage,
+                                                device=detect_device(device), dtype=dtype)
+            return Engine(model, tokenizer)
+        return load
+    return {model: loader(*where) for model, where in found.items()}
+
+
+def named_engines(source, name: str) -> dict[str, Callable[[], Engine]]:
+    """One engine, or a mapping of functions, as `ModelPool` wants them."""
     return dict(source) if isinstance(source, Mapping) else {name: lambda: source}
 
 # %% ../nbs/16_server.ipynb #eventstream
@@ -693,22 +973,24 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
         if worker.waiting >= limits.requests:
             raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
                            headers={"Retry-After": "2"})
-        if body.logprobs:
-            raise ApiError(400, "logprobs are not available", param="logprobs")
+        if body.top is not None and not hasattr(worker.engine, "model"):
+            raise ApiError(400, "logprobs are not available here", param="logprobs")
         n, most = body.n or 1, limits.choices
         job = prepare(worker, body, limits) if n <= most else None
         if job is None or len(job.prompts) > most:
             raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
                            param="n")
-        shape = Shape(f"{kind}-{secrets.token_hex(12)}", body.model or pool.default,
-                      kind == "chatcmpl")
+        name = body.model or pool.default
+        request.state.job, request.state.model = job, name
+        shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")
         if not body.stream:
             return await whole_answer(job, shape, n, request)
         include = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(stream_answer(job, shape, n, include), held.pop_all())
 
 # %% ../nbs/16_server.ipynb #add-routes
-def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> None:
+def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
+               metrics: Metrics) -> None:
     """Connect the API's paths to the functions above."""
 
     def authorize(request: Request) -> None:
@@ -719,10 +1001,18 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str) -> N
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
+    def waiting() -> int:
+        return sum(worker.waiting for worker in list(pool.workers.values()))
+
     @app.get("/health")
     def health() -> dict:
         return {"status": "ok", "loaded": list(pool.workers),
-                "requests": sum(worker.waiting for worker in list(pool.workers.values()))}
+                "requests": waiting()}
+
+    @app.get("/metrics", dependencies=[Depends(authorize)])
+    async def prometheus() -> PlainTextResponse:
+        now = {"nanochat_requests_waiting": waiting(), "nanochat_models_loaded": len(pool.workers)}
+        return PlainTextResponse(metrics.text(now), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
     def models() -> dict:
@@ -757,8 +1047,11 @@ def check_port(host: str, port: int) -> None:
                             "choose another --port") from error
 
 # %% ../nbs/16_server.ipynb #serve
+GRACE = 5                                   # seconds that answers may take to end
+
+
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
-          device: str | None = None) -> None:
+          device: str | None = None, memory: int | None = None) -> None:
     """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
     door without a key."""
     import uvicorn
@@ -767,13 +1060,15 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
     check_port(host, port)
-    app = create_app(run_folder(run), device=device, api_key=key,
+    app = create_app(run_folder(run), device=device, api_key=key, memory=memory,
                      **({} if local else {"hosts": ("*",)}))
     with app.state.pool.use():                  # load the default model now: errors come early
         pass
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())                  # on standard error
     print(f"models: {', '.join(app.state.pool.loaders)}\nlistening on http://{host}:{port}/v1",
           flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=GRACE)
 
 # %% ../nbs/16_server.ipynb #main
 def main(argv: list[str] | None = None) -> None:
@@ -785,9 +1080,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--device", default=None,
                         help="cpu, cuda or mps; the best one present if absent")
+    parser.add_argument("--memory-gb", type=float, default=None,
+                        help="for all loaded models together; half of what there is if absent")
     options = parser.parse_args(argv)
+    memory = None if options.memory_gb is None else int(options.memory_gb * 1e9)
     try:
-        serve(options.run, host=options.host, port=options.port, device=options.device)
+        serve(options.run, host=options.host, port=options.port, device=options.device,
+              memory=memory)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
