@@ -461,14 +461,14 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> Path:
 
     Raises UserError when there is something already.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give the name of a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"gpt.{name}": t.detach().cpu().contiguous()
                for name, t in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     for name, data in export_configs(model.config, tokenizer).items():
         write_json(folder / name, data)
     source = Path(inspect.getsourcefile(GPT))                # notebook 04's module, as it is

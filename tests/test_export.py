@@ -79,7 +79,7 @@ def test_greedy_answers_are_the_engines(ours, theirs, tok):
 
 
 def test_the_tokenizer_gives_our_ids(folder, tok):
-    found = transformers.AutoTokenizer.from_pretrained(folder)
+    found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     rng = random.Random(0)
     letters = "aeht EN19'é🦉\n\t  .,-_\u00a0ß漢"
     texts = [d.text for d in open_text(["world"], documents=60).documents("val")] + ["", " ", "it's", "12345", "\r\n\r\n x"]
@@ -91,7 +91,7 @@ def test_the_tokenizer_gives_our_ids(folder, tok):
 
 
 def test_the_chat_template_writes_our_conversations(folder, tok):
-    found = transformers.AutoTokenizer.from_pretrained(folder)
+    found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     chats = [c for kind in CONVERSATION_KINDS for c in conversations(kind, "val", limit=6)]
     chats.append({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
                                {"role": "assistant", "content": "Hello!"}]})
