@@ -15,7 +15,7 @@ import nanochat_nb.rl as rl
 import nanochat_nb.sft as sft
 from nanochat_nb.checkpoint import list_checkpoints, load_checkpoint, step_of
 from nanochat_nb.loader import batch_documents, in_words, open_shards
-from nanochat_nb.runtime import UserError
+from nanochat_nb.runtime import UserError, start_runtime
 from nanochat_nb.tokenizer import run_tokenizer
 
 BASE = dict(depth=1, head_dim=32, sequence_len=192, total_batch_tokens=768, steps=9, documents=600, eval_every=4,
@@ -213,7 +213,7 @@ sys.path.insert(0, {tests!r})
 import test_training as t
 from nanochat_nb.checkpoint import latest_checkpoint
 from nanochat_nb.pretraining import run_base
-from nanochat_nb.runtime import UserError
+from nanochat_nb.runtime import UserError, start_runtime
 folder, reference = Path({folder!r}), Path({reference!r})
 run_base(run=str(reference), **t.BASE)        # in this process, whose threads may be other than pytest's
 (folder / "base").mkdir()
@@ -362,6 +362,24 @@ def test_rl_on_two_ranks(whole, tmp_path):
     one, two = rows(whole, "rl"), rows(folder, "rl")
     assert [r for r in one if r["step"] == 0] == [pytest.approx(r, abs=1e-4) for r in two if r["step"] == 0]
     assert len(one) == len(two)
+
+
+@pytest.mark.parametrize("signals, asked", [((4,), 1), ((1, 3, 4), 2), ((0, 0, 0, 4), 3), ((2, 1, 0), 3)])
+def test_silent_groups_are_replaced(monkeypatch, signals, asked):
+    """`rounds` asks other questions until a round's worth of groups carries a signal, or the rounds are spent."""
+    seen, learned, left = [], [], iter(signals)
+
+    def roll_out(engine, tokenizer, questions, seeds, **_):
+        seen.append(list(zip(questions, seeds)))
+        telling = next(left)
+        return [[SimpleNamespace(reward=1.0), SimpleNamespace(reward=0.0 if i < telling else 1.0)] for i in range(len(questions))]
+
+    monkeypatch.setattr(rl, "roll_out", roll_out)
+    monkeypatch.setattr(rl, "learn_from", lambda loop, groups, *_: learned.extend(groups))
+    p = dict(rounds=3, prompts_per_step=4, seed=0, samples_per_prompt=2, max_new_tokens=8, temperature=1.0, top_k=0, advantage="mean")
+    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5), None, None, list(range(100)), p)
+    assert len(seen) == asked and len(learned) == 4 * asked
+    assert len({question for batch in seen for question, _ in batch}) == len({seed for batch in seen for _, seed in batch}) == 4 * asked
 
 
 WAITING = """
