@@ -56,8 +56,18 @@ install() {
   echo "$want" > "$stamp"
 }
 
-# Debian packages that two tests use; without them these tests skip and say so.
+# What only tests use: Python packages, and two of Debian's; without them the tests that need them skip and say so.
 install_test_tools() {
+  local stamp="$here/.venv/installed-test" want
+  want=$(cksum < "$here/requirements-test.lock"; cat "$here/.venv/installed")
+  if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
+    echo "Installing what the tests compare with (once)"
+    if "$bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/requirements.lock" -r "$here/requirements-test.lock"; then
+      echo "$want" > "$stamp"
+    else
+      echo "could not install requirements-test.lock; the tests that need it will skip"
+    fi
+  fi
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
   local missing=()
   command -v chromium >/dev/null || missing+=(chromium)

@@ -90,8 +90,10 @@ def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, second: Tensor
     direction = polar_express(equilibrate_rows(ahead.to(dtype)), steps).to(p.dtype)
     direction = even_out(renormalize(direction), second, beta2)
     lr = lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    agrees = direction * p >= 0                                              # cautious decay
-    p.sub_(lr * direction + lr * weight_decay * p * agrees)
+    if weight_decay:
+        agrees = direction * p >= 0                                          # cautious decay
+        direction.add_(p * agrees, alpha=weight_decay)
+    p.sub_(direction, alpha=lr)
 
 # %% ../nbs/05_optimizer.ipynb #shard
 class Shard:
@@ -165,9 +167,9 @@ class AdamWStack:
     def update(self, part: Tensor, grad: Tensor, step: int, dtype: torch.dtype) -> None:
         """Update this rank's part of the parameter in place."""
         g = self.group
-        update = fused_adamw_update if part.is_cuda else adamw_update
-        update(part, grad, self.state["mean"], self.state["square"], step=step, lr=g["lr"],
-               betas=g["betas"], eps=g["eps"], weight_decay=g["weight_decay"])
+        fused_adamw_update(part, grad, self.state["mean"], self.state["square"], step=step,
+                           lr=g["lr"], betas=g["betas"], eps=g["eps"],
+                           weight_decay=g["weight_decay"])
 
 # %% ../nbs/05_optimizer.ipynb #muonstack
 class MuonStack(AdamWStack):
