@@ -493,7 +493,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and __spec__ is not None:
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    from nanochat_nb.runtime import run_command
+    run_command(main)

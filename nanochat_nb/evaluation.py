@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -30,7 +29,7 @@ from .execution import isolation
 from .inference import Engine
 from .model import GPT, GPTConfig, KVCache, head_logits
 from .runtime import (Runtime, UserError, nearest, peak_memory_bytes, progress,
-                                 run_folder, start_runtime, write_atomic, write_json)
+                                 run_command, run_folder, start_runtime, write_atomic, write_json)
 from .tasks import DataMissing, EMBEDDED, REAL, Task, open_task, text_of
 from .tokenizer import Tokenizer
 
@@ -444,7 +443,7 @@ class HubModel:
             out.append((loss, bool((seen.argmax(-1) == truth).all())))
         return out
 
-
+# %% ../nbs/10_evaluation.ipynb #hub-tokenizer
 class HubTokenizer:
     """A tokenizer of `transformers`, as CORE needs it."""
 
@@ -476,7 +475,7 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
     middle = len(items) // 2
     return halving(work, items[:middle]) + halving(work, items[middle:])
 
-# %% ../nbs/10_evaluation.ipynb #score-questions
+# %% ../nbs/10_evaluation.ipynb #tokens-in-cache
 CACHE_BYTES = 2**32  # keys and values of the questions scored together take at most about this
 
 
@@ -485,7 +484,7 @@ def tokens_in_cache(model: GPT) -> int:
     c = model.config
     return CACHE_BYTES // (2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize)
 
-
+# %% ../nbs/10_evaluation.ipynb #score-questions
 def score_questions(model: GPT | HubModel, questions: Sequence[Question], *,
                     batch_tokens: int = 8192, share: bool = True) -> list[list[tuple[float, bool]]]:
     """(mean loss, all greedy) of every option of every question, batched by length."""
@@ -546,7 +545,8 @@ def evaluate_core_task(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenize
 # %% ../nbs/10_evaluation.ipynb #evaluate-core
 def evaluate_core(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenizer,
                   folder: str | Path, *, max_per_task: int | None = None,
-                  tasks: Sequence[str] | None = None, batch_tokens: int = 8192, rt: Runtime | None = None, show: bool = False) -> dict:
+                  tasks: Sequence[str] | None = None, batch_tokens: int = 8192,
+                  rt: Runtime | None = None, show: bool = False) -> dict:
     """The CORE tasks whose files are in `folder`, scored as nanochat does.
 
     Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial",
@@ -1098,7 +1098,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and __spec__ is not None:
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

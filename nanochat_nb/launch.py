@@ -210,7 +210,7 @@ def check_files(overrides: dict[str, dict]) -> None:
         for _ in read_conversations(path):
             pass
 
-# %% ../nbs/15_launch.ipynb #check-sizes
+# %% ../nbs/15_launch.ipynb #planned
 def planned(overrides: dict[str, dict]):
     """Pretraining's parameters, the config of its model and its `Plan`, of which nothing is built.
 
@@ -230,7 +230,7 @@ def planned(overrides: dict[str, dict]):
     known = inspect.signature(plan_base).parameters
     return base, config, plan_base(config, **{k: base[k] for k in known if k in base})
 
-
+# %% ../nbs/15_launch.ipynb #check-sizes
 def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     """Raise UserError for sizes that cannot be trained:
     a batch that does not divide over the ranks, ratio 0, …"""
@@ -714,7 +714,7 @@ def launch(overrides: dict[str, dict], run: Path, *, title: str = "", processes:
         write_atomic(preset,
                      f"# preset: {title or run.name}\n" + yaml.safe_dump(overrides, sort_keys=True))
         for leftover in filter(Path.is_file, run.rglob(".*.tmp")):
-            leftover.unlink()                              # half a file, by a process that was killed
+            leftover.unlink()                              # half a file, of a killed process
         log = Tee(sys.stdout, file)
         wanted = list(STEPS)[:list(STEPS).index(until) + 1]
         for number, name in enumerate(wanted, 1):
@@ -1120,7 +1120,7 @@ def draw_series(rows: list[dict], law: dict | None) -> bytes:
     figure.savefig(out, format="png", dpi=120)
     return out.getvalue()
 
-# %% ../nbs/15_launch.ipynb #miniseries
+# %% ../nbs/15_launch.ipynb #series-arguments
 def series_arguments() -> argparse.ArgumentParser:
     """The parser of `run_all.sh miniseries`."""
     parser = argparse.ArgumentParser(
@@ -1136,7 +1136,7 @@ def series_arguments() -> argparse.ArgumentParser:
                         "as in base.token_ratio=0.2, or base.steps=140 for equal tokens")
     return parser
 
-
+# %% ../nbs/15_launch.ipynb #miniseries
 def miniseries(argv: Sequence[str]) -> None:
     """Train the runs of a series that are not finished; print and save its table and its law."""
     from nanochat_nb.model import GPT
@@ -1223,7 +1223,7 @@ def where_to_compute(overrides: dict[str, dict]) -> str:
         compute_dtype(device) if device.type == "cpu" else "").removeprefix("torch.")
     return f"{device}" + (f" in {dtype}" if dtype else "")
 
-# %% ../nbs/15_launch.ipynb #main
+# %% ../nbs/15_launch.ipynb #print-plan
 def print_plan(overrides: dict[str, dict], hardware: str | None, processes: int | None) -> None:
     """Print `plan_text` for the named hardware or this machine. The checks of a run come first."""
     from nanochat_nb.pretraining import parse_hardware, this_hardware
@@ -1237,7 +1237,7 @@ def print_plan(overrides: dict[str, dict], hardware: str | None, processes: int 
     check_sizes(overrides, processes)
     print(plan_text(overrides, found, processes))
 
-
+# %% ../nbs/15_launch.ipynb #main
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. One line of error for what the user can mend."""
     given = list(sys.argv[1:] if argv is None else argv)

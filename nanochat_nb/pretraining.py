@@ -37,14 +37,14 @@ from .tokenizer import Tokenizer, run_tokenizer
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
            'UNIMPORTANT', 'PEAK_FLOPS', 'GPU_GIB', 'MEASURED_MFU', 'CPU_FLOPS', 'PRICES', 'SHARD_MB',
            'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
-           'decay_multiplier', 'accumulate', 'TrainingLoop', 'say', 'training_steps', 'affordable', 'save_and_time',
-           'due', 'save', 'best_step', 'keep_best', 'hopeless', 'stop', 'update', 'finish', 'shards_needed',
-           'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows', 'check_enough', 'base_batches',
-           'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts', 'open_run', 'prepare_tokenizer',
-           'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet', 'peak_flops', 'pretrain',
-           'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of', 'standing_bytes', 'kept_bytes',
-           'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan', 'rules', 'PowerLaw',
-           'fit_power_law']
+           'decay_multiplier', 'accumulate', 'TrainingLoop', 'resume', 'set_aside', 'say', 'training_steps',
+           'affordable', 'save_and_time', 'due', 'save', 'best_step', 'keep_best', 'hopeless', 'stop', 'update',
+           'finish', 'shards_needed', 'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows',
+           'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts',
+           'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet',
+           'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of',
+           'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan',
+           'rules', 'PowerLaw', 'fit_power_law']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -92,7 +92,7 @@ class Plan:
     weight_decay: float        # of the matrices, before its schedule
     warmup_steps: int
 
-
+# %% ../nbs/11_pretraining.ipynb #plan-base
 def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
               total_batch_tokens: int = 0, warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
     """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
@@ -210,45 +210,49 @@ class TrainingLoop:
         self.started = time.monotonic()
         if rt.device.type == "cpu":
             keep_memory()
-        self._resume()
+        resume(self)
 
     @property
     def seconds(self) -> float:
         """Seconds of work so far, earlier attempts included."""
         return self.earlier + time.monotonic() - self.started
 
-    def _resume(self) -> None:
-        path = self.folder / self.stage
-        if self.rt.is_main:
-            tidy(path)
-        there = self.rt.broadcast(str(latest_checkpoint(path) or ""))
-        found = load_checkpoint(path) if there else None
-        if found and found.meta["recipe"] != self.recipe:
-            found = None
-            self._set_aside(path)
-        if found:
-            self.model.load_state_dict(found.model_state)
-            self.optimizer.load_full_state(found.optimizer_state)
-            self.step, so_far = found.step, found.meta["loop"]
-            self.tokens, self.flops, self.earlier = (
-                so_far[k] for k in ("tokens", "flops", "seconds"))
-            say(self, f"resumed at step {self.step} of {self.steps}")
-            before, now = so_far.get("dtype"), str(self.rt.dtype)
-            if before not in (None, now):
-                say(self, f"it was computed in {before} so far and goes on in {now}: the result is "
-                          "not exactly that of an uninterrupted run")
-        self.metrics.cut(self.step)
-        self.rt.barrier()
+# %% ../nbs/11_pretraining.ipynb #resume
+def resume(loop: TrainingLoop) -> None:
+    """Load the newest checkpoint, if it was made by the same recipe, and cut the log back to it."""
+    path = loop.folder / loop.stage
+    if loop.rt.is_main:
+        tidy(path)
+    there = loop.rt.broadcast(str(latest_checkpoint(path) or ""))
+    found = load_checkpoint(path) if there else None
+    if found and found.meta["recipe"] != loop.recipe:
+        found = None
+        set_aside(loop, path)
+    if found:
+        loop.model.load_state_dict(found.model_state)
+        loop.optimizer.load_full_state(found.optimizer_state)
+        loop.step, so_far = found.step, found.meta["loop"]
+        loop.tokens, loop.flops, loop.earlier = (
+            so_far[k] for k in ("tokens", "flops", "seconds"))
+        say(loop, f"resumed at step {loop.step} of {loop.steps}")
+        before, now = so_far.get("dtype"), str(loop.rt.dtype)
+        if before not in (None, now):
+            say(loop, f"it was computed in {before} so far and goes on in {now}: the result is "
+                      "not exactly that of an uninterrupted run")
+    loop.metrics.cut(loop.step)
+    loop.rt.barrier()
 
-    def _set_aside(self, path: Path) -> None:
-        self.rt.barrier()                                    # every rank has read before it moves
-        if self.rt.is_main:
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            say(self, "the checkpoint there was made with other parameters or inputs; moved to "
-                      f"{old.name}, starting afresh")
-        self.rt.barrier()
+
+def set_aside(loop: TrainingLoop, path: Path) -> None:
+    """Move checkpoints of another recipe to `STAGE.old`."""
+    loop.rt.barrier()                                    # every rank has read before it moves
+    if loop.rt.is_main:
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        say(loop, "the checkpoint there was made with other parameters or inputs; moved to "
+                  f"{old.name}, starting afresh")
+    loop.rt.barrier()
 
 # %% ../nbs/11_pretraining.ipynb #say-line
 def say(loop: TrainingLoop, line: str) -> None:
@@ -273,7 +277,7 @@ def training_steps(loop: TrainingLoop) -> Iterator[int]:
             if late or loop.step == loop.steps or due(loop.step, loop.save_every):
                 save_and_time(loop)
 
-
+# %% ../nbs/11_pretraining.ipynb #affordable
 def affordable(loop: TrainingLoop, seconds: float = 0.0) -> bool:
     """Whether `seconds`, and 20 times what the last save took, have gone by since it; rank 0's
     clock decides for all."""
@@ -379,7 +383,7 @@ def documents_needed(tokenizer: Tokenizer, tokens: int, *, seed: int, sample: in
     mean = sum(map(len, tokenizer.encode_batch(texts))) / len(texts) + 1
     return math.ceil(1.05 * tokens / mean)
 
-
+# %% ../nbs/11_pretraining.ipynb #on-rank-zero
 def on_rank_zero(work: Callable[[], None], rt: Runtime) -> None:
     """Do `work` on rank 0 while the other ranks wait, for days if need be.
 
@@ -400,7 +404,7 @@ def on_rank_zero(work: Callable[[], None], rt: Runtime) -> None:
     if said[0] is not None:
         raise error or UserError(said[0])
 
-
+# %% ../nbs/11_pretraining.ipynb #prepare-tokens
 def prepare_tokens(folder: Path, tokenizer: Tokenizer, *, text: list[str], documents: int,
                    seed: int, tokens: int, rt: Runtime) -> tuple[Shards, Shards]:
     """The training and validation shards of a run, written by rank 0 unless they are there."""
@@ -432,7 +436,7 @@ def check_rows(batch_tokens: int, sequence_len: int, micro_batch_rows: int,
                         f"divide over {world_size} ranks; "
                         f"set total_batch_tokens to a multiple of {sequence_len * world_size}")
 
-
+# %% ../nbs/11_pretraining.ipynb #check-enough
 def check_enough(train: Shards, plan: Plan, sequence_len: int, rt: Runtime) -> None:
     """Raise UserError when the corpus does not fill one batch;
     say so when it will be read several times."""
@@ -456,7 +460,7 @@ def base_batches(shards: Shards, *, rows: int, sequence_len: int, seed: int, rt:
                                   device=rt.device)
     return ahead(batches) if rt.device.type == "cuda" else batches   # a CPU has no time to spare
 
-
+# %% ../nbs/11_pretraining.ipynb #validation-rows
 def validation_rows(val: Shards, *, rows: int, sequence_len: int, batches: int,
                     world_size: int) -> tuple[int, int]:
     """(rows per batch, batches): as asked, or fewer when the validation text is short,
@@ -718,7 +722,7 @@ def kept_bytes(config: GPTConfig, *, rows: int, dtype: torch.dtype = torch.bfloa
                           item * _shares(config, rows))
     return kept
 
-
+# %% ../nbs/11_pretraining.ipynb #shares
 def _shares(config: GPTConfig, rows: int) -> int:
     """Numbers in the tables of attention, which only the CPU's way of computing it keeps."""
     length = config.sequence_len
@@ -849,7 +853,7 @@ class PowerLaw:
     def __call__(self, x: float) -> float:
         return self.floor + self.scale * (x / self.at) ** -self.exponent
 
-
+# %% ../nbs/11_pretraining.ipynb #fit-power-law
 def fit_power_law(x: Sequence[float], y: Sequence[float], *, floor: bool = True) -> PowerLaw:
     """The power law with the least relative squared error; without `floor` it falls to 0.
 

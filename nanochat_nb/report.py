@@ -20,8 +20,8 @@ import torch
 
 import nanochat_nb
 from .evaluation import CHATCORE, center
-from .runtime import (MetricsLog, Runtime, UserError, run_folder, start_runtime,
-                                 write_atomic, write_json)
+from .runtime import (MetricsLog, Runtime, UserError, run_command, run_folder,
+                                 start_runtime, write_atomic, write_json)
 from .tasks import EMBEDDED, REAL
 
 # %% auto #0
@@ -904,8 +904,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and __spec__ is not None:
-    import sys
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

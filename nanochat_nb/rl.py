@@ -18,8 +18,8 @@ from .evaluation import pass_at_k
 from .inference import Engine
 from .model import GPT
 from .optimizer import build_optimizer
-from .pretraining import (TrainingLoop, due, finish, keep_best, learning_rates, open_run, recipe,
-                                     record, say, training_steps, update)
+from .pretraining import (TrainingLoop, due, finish, keep_best, learning_rates,
+                                     open_run, recipe, record, say, training_steps, update)
 from .runtime import Runtime, UserError, generator, nearest, seed_of, start_runtime
 from .sft import open_split, prepare_base, rows_made, run_sft
 from .tasks import EMBEDDED, Task
@@ -111,7 +111,7 @@ def token_weights(groups: Sequence[Sequence[Rollout]], kind: str, *, all_tokens:
         out.append(weights)
     return out
 
-
+# %% ../nbs/13_rl.ipynb #policy-rows
 def policy_rows(rollouts: Sequence[Rollout], scales: Sequence[float], pad: int, device) -> tuple:
     """(idx, targets, scale): rows padded to the longest;
     targets -1 where the model did not choose; scale (B, 1)."""
@@ -238,7 +238,7 @@ def rl_multiplier(step: int, steps: int, shape: str) -> float:
     """From 1 down to 0 over the run, as half a cosine or a line."""
     return 0.5 * (1 + math.cos(math.pi * step / steps)) if shape == "cosine" else 1 - step / steps
 
-
+# %% ../nbs/13_rl.ipynb #check-rl
 def check_rl(p: dict, rt: Runtime) -> None:
     """Raise UserError for parameters that cannot be meant."""
     for name, options in (("advantage", ADVANTAGES), ("normalize", NORMALIZATIONS),
@@ -276,7 +276,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
         practise_step(loop, engine, tokenizer, questions, p)
     look()
 
-
+# %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
                   p: dict) -> None:
     """Answer, judge, learn: one on-policy step.
@@ -348,10 +348,11 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
            rounds: int = 1, steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0,
-           top_k: int = 0, advantage: str = "mean", normalize: str = "tokens", lr_fraction: float = 0.05,
-           lr_shape: str = "cosine", micro_batch_rows: int = 32, eval_prompts: int = 16,
-           eval_samples: int = 4, eval_every: int = 0, save_every: int = 50, keep: int = 2,
-           device: str = "", dtype: str = "", seed: int = 0) -> dict:
+           top_k: int = 0, advantage: str = "mean", normalize: str = "tokens",
+           lr_fraction: float = 0.05, lr_shape: str = "cosine", micro_batch_rows: int = 32,
+           eval_prompts: int = 16, eval_samples: int = 4, eval_every: int = 0,
+           save_every: int = 50, keep: int = 2, device: str = "", dtype: str = "",
+           seed: int = 0) -> dict:
     """Train the run's SFT model on rewards into `run`/rl, or resume where it was interrupted.
 
     The notebook's parameters cell explains the parameters. Returns the summary that rl/summary.json

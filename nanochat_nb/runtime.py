@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +26,22 @@ import torch
 import torch.distributed as dist
 
 # %% auto #0
-__all__ = ['PALETTE', 'DTYPES', 'UserError', 'nearest', 'plot_style', 'live', 'detect_device', 'fast_dtype', 'compute_dtype',
-           'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of', 'generator',
-           'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress', 'peak_memory_bytes',
-           'keep_memory']
+__all__ = ['PALETTE', 'DTYPES', 'UserError', 'run_command', 'nearest', 'plot_style', 'live', 'detect_device', 'fast_dtype',
+           'compute_dtype', 'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of',
+           'generator', 'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress',
+           'peak_memory_bytes', 'keep_memory']
 
 # %% ../nbs/00_runtime.ipynb #usererror
 class UserError(Exception):
     """Something the user can fix. The message names what was wrong and what to do."""
+
+# %% ../nbs/00_runtime.ipynb #run-command
+def run_command(main: Callable[[], object]) -> None:
+    """Run a module's `main` as a program: a UserError becomes one line, `error: …`, and status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 # %% ../nbs/00_runtime.ipynb #nearest
 def nearest(name: str, options: Iterable[str]) -> str:

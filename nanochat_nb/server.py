@@ -52,9 +52,9 @@ __all__ = ['log', 'StopString', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'En
            'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
            'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
            'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer',
-           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'Observe', 'create_app',
-           'model_loaders', 'named_engines', 'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve',
-           'main']
+           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'metrics_text', 'Observe',
+           'note_request', 'create_app', 'model_loaders', 'named_engines', 'EventStream', 'answer_request',
+           'add_routes', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -712,7 +712,7 @@ async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
     write = chat_logprobs if chat else text_logprobs
     return write(tokenizer, row[first:], [(None, []), *found][first:])
 
-
+# %% ../nbs/16_server.ipynb #logprob-forms
 def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
     def entry(token: int, score: float) -> dict:
         return {"token": token_name(tokenizer, token), "logprob": score,
@@ -822,7 +822,7 @@ class Metrics:
     BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)       # seconds
 
     def __init__(self):
-        self.totals: Counter[tuple] = Counter()              # (metric, ((label, value), …)) -> total
+        self.totals: Counter[tuple] = Counter()     # (metric, ((label, value), …)) -> total
 
     def add(self, metric: str, amount: float = 1, **labels: str) -> None:
         self.totals[metric, tuple(labels.items())] += amount
@@ -834,22 +834,23 @@ class Metrics:
         self.add(f"{metric}_sum", seconds, **labels)
         self.add(f"{metric}_count", **labels)
 
-    def text(self, gauges: Mapping[str, float]) -> str:
-        """Everything in Prometheus' text form, with what is true at the moment (`gauges`)."""
-        lines, metrics = [], {}
-        for (metric, labels), total in self.totals.items():
-            metrics.setdefault(metric, []).append((labels, total))
-        for metric, rows in metrics.items():
-            family, _, part = metric.rpartition("_")
-            if part == "bucket" or part == "total":
-                lines.append(f"# TYPE {metric if part == 'total' else family} "
-                             f"{'counter' if part == 'total' else 'histogram'}")
-            for labels, total in rows:
-                inside = ",".join(f"{k}={json.dumps(v)}" for k, v in labels)
-                lines.append(f"{metric}{{{inside}}} {total}")
-        for metric, value in gauges.items():
-            lines += [f"# TYPE {metric} gauge", f"{metric} {value}"]
-        return "\n".join(lines) + "\n"
+# %% ../nbs/16_server.ipynb #metrics-text
+def metrics_text(metrics: Metrics, gauges: Mapping[str, float]) -> str:
+    """Everything in Prometheus' text form, with what is true at the moment (`gauges`)."""
+    lines, rows_of = [], {}
+    for (metric, labels), total in metrics.totals.items():
+        rows_of.setdefault(metric, []).append((labels, total))
+    for metric, rows in rows_of.items():
+        family, _, part = metric.rpartition("_")
+        if part == "bucket" or part == "total":
+            lines.append(f"# TYPE {metric if part == 'total' else family} "
+                         f"{'counter' if part == 'total' else 'histogram'}")
+        for labels, total in rows:
+            inside = ",".join(f"{k}={json.dumps(v)}" for k, v in labels)
+            lines.append(f"{metric}{{{inside}}} {total}")
+    for metric, value in gauges.items():
+        lines += [f"# TYPE {metric} gauge", f"{metric} {value}"]
+    return "\n".join(lines) + "\n"
 
 # %% ../nbs/16_server.ipynb #observe
 class Observe:
@@ -878,26 +879,29 @@ class Observe:
             raise
         finally:
             path = getattr(scope.get("route"), "path", "other")
-            self.note(path, state, start, **seen)
+            note_request(self.metrics, path, state, start, **seen)
 
-    def note(self, path: str, state: dict, start: float, *, status: int, complete: bool) -> None:
-        model, job = state.get("model", ""), state.get("job")
-        seconds = time.perf_counter() - start
-        self.metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
-        facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
-        if job is not None:
-            prompt = sum(map(len, job.prompts))
-            self.metrics.add("nanochat_prompt_tokens_total", prompt, model=model)
-            self.metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
-            self.metrics.add_time("nanochat_request_seconds", seconds, model=model)
-            facts |= {"model": model, "prompt_tokens": prompt,
-                      "completion_tokens": job.completion_tokens}
-        if job is not None and job.first_token is not None:
-            first = job.first_token - start
-            self.metrics.add_time("nanochat_first_token_seconds", first, model=model)
-            facts["first_token_seconds"] = round(first, 4)
-        if path not in ("/health", "/metrics"):              # those are asked for all day long
-            tell("request", **facts)
+# %% ../nbs/16_server.ipynb #note-request
+def note_request(metrics: Metrics, path: str, state: dict, start: float, *, status: int,
+                 complete: bool) -> None:
+    """Count a finished request, and write its line into the log."""
+    model, job = state.get("model", ""), state.get("job")
+    seconds = time.perf_counter() - start
+    metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
+    facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
+    if job is not None:
+        prompt = sum(map(len, job.prompts))
+        metrics.add("nanochat_prompt_tokens_total", prompt, model=model)
+        metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
+        metrics.add_time("nanochat_request_seconds", seconds, model=model)
+        facts |= {"model": model, "prompt_tokens": prompt,
+                  "completion_tokens": job.completion_tokens}
+    if job is not None and job.first_token is not None:
+        first = job.first_token - start
+        metrics.add_time("nanochat_first_token_seconds", first, model=model)
+        facts["first_token_seconds"] = round(first, 4)
+    if path not in ("/health", "/metrics"):              # those are asked for all day long
+        tell("request", **facts)
 
 # %% ../nbs/16_server.ipynb #create-app
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
@@ -1012,7 +1016,7 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
     @app.get("/metrics", dependencies=[Depends(authorize)])
     async def prometheus() -> PlainTextResponse:
         now = {"nanochat_requests_waiting": waiting(), "nanochat_models_loaded": len(pool.workers)}
-        return PlainTextResponse(metrics.text(now), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics_text(metrics, now), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
     def models() -> dict:

@@ -60,7 +60,7 @@ def open_split(name: str, split: str, *, data: str, examples: int, seed: int) ->
         raise UserError(f"{name}: no conversation is left to train on; give more than a few")
     return replace(task, rows=Rows(task.rows, np.array(numbers, dtype=np.int64)))
 
-
+# %% ../nbs/12_sft.ipynb #open-mixture
 def rows_made(examples: int, epochs: float) -> int:
     """How many rows of an embedded task a mixture makes."""
     return max(1, round(examples * epochs))
@@ -116,7 +116,7 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
     model, tokenizer, meta = load_model(folder, stage="base", device=rt.device, dtype=rt.dtype)
     return model, tokenizer, meta, load_checkpoint(folder / "base").optimizer_state
 
-
+# %% ../nbs/12_sft.ipynb #text-rows
 def text_rows(rows: int, share: float) -> int:
     """How many of a batch's rows are pretraining text.
     Raises UserError when none is left to talk."""
@@ -152,7 +152,7 @@ def mixed_batches(packed: PackedRows, folder: Path, *, rows: int, share: float, 
     return (tuple(torch.cat(pair)[mine].to(rt.device) for pair in zip(a, b))
             for a, b in zip(talk, read))
 
-
+# %% ../nbs/12_sft.ipynb #batch-sources
 def batch_sources(mixture: TaskMixture, packed: PackedRows, folder: Path, step: int, *, rows: int,
                   share: float, seed: int) -> dict[str, list[int]]:
     """What the batch of `step` is made of: by task, numbers of the mixture's conversations; by
@@ -174,7 +174,7 @@ def rows_hash(packed: PackedRows) -> str:
         digest.update(np.array([ids, mask], dtype=np.int32).tobytes())
     return digest.hexdigest()
 
-
+# %% ../nbs/12_sft.ipynb #fine-tune
 def fine_tune(loop: TrainingLoop, net, packed: PackedRows, held: PackedRows, p: dict,
               batch_tokens: int) -> None:
     """The steps that are left of a fine-tuning run with parameters `p`, and its validations."""
