@@ -1797,7 +1797,8 @@ def _memory(world: World, rng: random.Random, split: str) -> dict:
 
     def line(what: str, part: str) -> str:
         text = say(pick(rng, talk()["memory"][what][part]), rng, {"v": told[what]})
-        return text.replace(f"a {told[what]}", f"an {told[what]}") if told[what][0] in "aeiou" else text
+        vowel = told[what][0] in "aeiou"
+        return text.replace(f"a {told[what]}", f"an {told[what]}") if vowel else text
 
     out = [_joined([line(what, "tells") for what in told], rng), line(first, "replies")]
     for _ in range(pick(rng, (1, 1, 2))):

@@ -223,7 +223,7 @@ def _bubblewrap(as_root: bool) -> list[str]:
     return box + ["--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"]
 
 # %% ../nbs/07_execution.ipynb #call
-_NAMESPACES = r'''
+_CALLS = r'''
 import ctypes, os, platform, sys
 root, size, user, paths, *command = sys.argv[1:]
 user, paths = int(user), paths.split("\n")
@@ -240,6 +240,10 @@ def die_with_parent(): call("prctl", 1, 9, 0, 0, 0)
 def follow(child):                            # wait for the child, end as it ended
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
+'''
+
+# %% ../nbs/07_execution.ipynb #forks
+_FORK = r'''
 uid, gid = os.getuid(), os.getgid()
 call("unshare", NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | (NEWUSER if user else 0))
 if user:
@@ -250,6 +254,10 @@ die_with_parent()
 child = os.fork()
 if child: follow(child)
 die_with_parent()                             # from here on we are process 1 of the box
+'''
+
+# %% ../nbs/07_execution.ipynb #tree
+_TREE = r'''
 call("mount", "none", "/", None, REC | PRIVATE, None)
 call("mount", "tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
 for path in paths + ["/dev/null", "/dev/urandom"]:
@@ -264,6 +272,10 @@ for path in paths + ["/dev/null", "/dev/urandom"]:
         call("mount", None, inside, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV | flags, None)
 os.mkdir(root + "/tmp")
 call("mount", "tmpfs", root + "/tmp", "tmpfs", NOSUID | NODEV, f"size={size},mode=1777")
+'''
+
+# %% ../nbs/07_execution.ipynb #pivot
+_PIVOT = r'''
 os.chdir(root)
 call("syscall", {"x86_64": 155, "aarch64": 41}[platform.machine()], ".", ".")      # pivot_root
 call("umount2", ".", 2)
@@ -275,6 +287,7 @@ die_with_parent()
 call("prctl", 38, 1, 0, 0, 0)                 # no new privileges, by setuid programs or otherwise
 os.execv(command[0], command)
 '''
+_NAMESPACES = _CALLS + _FORK + _TREE + _PIVOT
 
 # %% ../nbs/07_execution.ipynb #namespaces
 def _namespaces(as_root: bool, root: str) -> list[str]:

@@ -27,7 +27,7 @@ import nanochat_nb
 from .execution import calculate, isolation, run_code
 from .model import GPT, Embedding, GPTConfig, KVCache, Linear, softcap
 from .runtime import UserError, generator, nearest, seed_of
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'layers_by_window',
@@ -103,30 +103,36 @@ class BatchCache:
         self.store = {w: torch.zeros(len(layers[w]), 2, 0, config.n_kv_head, 0, config.head_dim,
                                      device=device, dtype=dtype) for w in layers}
 
-    def _grow(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` tokens."""
-        most = max(length, self.max_len)
-        wide = {w: self._widened(s, rows, kept(w, length), kept(w, most))
-                for w, s in self.store.items()}
-        if any(wide[w] is not self.store[w] for w in wide):
-            self.store = wide
+# %% ../nbs/08_inference.ipynb #grow
+@patch_to(BatchCache)
+def _grow(self, rows: int, length: int) -> None:
+    """Make room for `rows` rows of `length` tokens."""
+    most = max(length, self.max_len)
+    wide = {w: self._widened(s, rows, kept(w, length), kept(w, most))
+            for w, s in self.store.items()}
+    if any(wide[w] is not self.store[w] for w in wide):
+        self.store = wide
 
-    def _widened(self, old: Tensor, rows: int, length: int, most: int) -> Tensor:
-        have_rows, have_length = old.size(2), old.size(4)
-        if rows <= have_rows and length <= have_length:
-            return old
-        wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
-        shape = list(old.shape)
-        shape[2] = wide(rows, have_rows, self.max_rows)
-        shape[4] = wide(max(length, 64), have_length, most)
-        new = old.new_zeros(shape)
-        new[:, :, :have_rows, :, :have_length] = old
-        return new
 
-    def _slots(self, window: int | None, length: int) -> Tensor:
-        """Where a row of `length` tokens has those it keeps, the oldest first."""
-        order = torch.arange(length - kept(window, length), length, device=self.positions.device)
-        return order if window is None else order % (window + 1)
+@patch_to(BatchCache)
+def _widened(self, old: Tensor, rows: int, length: int, most: int) -> Tensor:
+    have_rows, have_length = old.size(2), old.size(4)
+    if rows <= have_rows and length <= have_length:
+        return old
+    wide = lambda need, have, most: have if need <= have else min(max(need, 2 * have), most)
+    shape = list(old.shape)
+    shape[2] = wide(rows, have_rows, self.max_rows)
+    shape[4] = wide(max(length, 64), have_length, most)
+    new = old.new_zeros(shape)
+    new[:, :, :have_rows, :, :have_length] = old
+    return new
+
+
+@patch_to(BatchCache)
+def _slots(self, window: int | None, length: int) -> Tensor:
+    """Where a row of `length` tokens has those it keeps, the oldest first."""
+    order = torch.arange(length - kept(window, length), length, device=self.positions.device)
+    return order if window is None else order % (window + 1)
 
 # %% ../nbs/08_inference.ipynb #rowcache
 class RowCache(BatchCache):
@@ -166,42 +172,50 @@ class RowCache(BatchCache):
                  for w, s in self.store.items()}
         return Snapshot(length, store, self.previous_embedding[row].clone())
 
-    def begin(self) -> None:
-        """Prepare for one token per row."""
-        self.end = max(self.ends) + 1
-        self._grow(len(self.ends), self.end)
-        self.steps = {w: self._step(w, store) for w, store in self.store.items()}
-        self.lengths = torch.ones_like(self.positions)
+# %% ../nbs/08_inference.ipynb #rowcache-step
+@patch_to(RowCache)
+def begin(self) -> None:
+    """Prepare for one token per row."""
+    self.end = max(self.ends) + 1
+    self._grow(len(self.ends), self.end)
+    self.steps = {w: self._step(w, store) for w, store in self.store.items()}
+    self.lengths = torch.ones_like(self.positions)
 
-    def _step(self, window: int | None, store: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The storage as a list of places (layers, 2, places, channels), the place of each row's
-        and head's new entry, and the position that each slot holds, unless that is its number."""
-        heads, width, size = store.shape[3:]
-        now, used = self.positions[:, None], kept(window, self.end)
-        new = now if window is None else now % (window + 1)
-        first = torch.arange(len(now) * heads, device=now.device).view(-1, heads) * width
-        places = None
-        if used < self.end:                                  # the ring has come round
-            slot = torch.arange(used, device=now.device)
-            places = torch.where(slot <= now, now - (now - slot) % used, slot)[:, None]
-        return store.view(len(store), 2, -1, size), (first + new).flatten(), places
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one new key and value per row; all that the layer keeps, (B, S, heads, channels),
-        and where in the text they stand, (B, 1, S) or None for in order."""
-        window, i = self.index[layer]
-        flat, place, places = self.steps[window]
-        for list_of_places, new in zip(flat[i], (k, v)):
-            list_of_places.index_copy_(0, place, new.reshape(-1, new.size(-1)))
-        store = self.store[window][i, :, :len(self.ends), :, :kept(window, self.end)]
-        keys, values = store.transpose(2, 3)
-        return keys, values, places
+@patch_to(RowCache)
+def _step(self, window: int | None, store: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The storage as a list of places (layers, 2, places, channels), the place of each row's
+    and head's new entry, and the position that each slot holds, unless that is its number."""
+    heads, width, size = store.shape[3:]
+    now, used = self.positions[:, None], kept(window, self.end)
+    new = now if window is None else now % (window + 1)
+    first = torch.arange(len(now) * heads, device=now.device).view(-1, heads) * width
+    places = None
+    if used < self.end:                                  # the ring has come round
+        slot = torch.arange(used, device=now.device)
+        places = torch.where(slot <= now, now - (now - slot) % used, slot)[:, None]
+    return store.view(len(store), 2, -1, size), (first + new).flatten(), places
 
-    def advance(self) -> None:
-        """Count the new tokens as cached. The model calls it after the last layer."""
-        self.positions = self.positions + 1
-        self.ends = [end + 1 for end in self.ends]
-        self.lengths = None
+
+@patch_to(RowCache)
+def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Store one new key and value per row; all that the layer keeps, (B, S, heads, channels),
+    and where in the text they stand, (B, 1, S) or None for in order."""
+    window, i = self.index[layer]
+    flat, place, places = self.steps[window]
+    for list_of_places, new in zip(flat[i], (k, v)):
+        list_of_places.index_copy_(0, place, new.reshape(-1, new.size(-1)))
+    store = self.store[window][i, :, :len(self.ends), :, :kept(window, self.end)]
+    keys, values = store.transpose(2, 3)
+    return keys, values, places
+
+
+@patch_to(RowCache)
+def advance(self) -> None:
+    """Count the new tokens as cached. The model calls it after the last layer."""
+    self.positions = self.positions + 1
+    self.ends = [end + 1 for end in self.ends]
+    self.lengths = None
 
 # %% ../nbs/08_inference.ipynb #dials-of-a-batch
 class Dial(NamedTuple):
@@ -449,11 +463,9 @@ class Engine:
     """Generates for many prompts at once, in the model's dtype.
 
     At most `max_batch` answers are written at the same time, others wait; a prompt and its answer
-    have at most
-    `max_len` tokens together (default: the model's `sequence_len`). Not thread-safe: one thread
-    owns an engine.
-    When the model's weights change, the next call uses the new ones. With `int8` it generates with
-    an `int8_copy`.
+    have at most `max_len` tokens together (default: the model's `sequence_len`). Not thread-safe:
+    one thread owns an engine. When the model's weights change, the next call uses the new ones.
+    With `int8` it generates with an `int8_copy`.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 64,
@@ -475,73 +487,87 @@ class Engine:
         self._events: dict[int, Event] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take over the model's weights if they changed. Cast once to the compute dtype, not at
-        every step."""
-        weights = [(id(p), p._version) for p in self.source.parameters()]
-        if weights != self._weights:
-            self._take_weights()
-            self._weights, self._plan, self.prefixes = weights, None, {}
-            self.cache = RowCache(self.model.config, self.max_batch, self.max_len,
-                                  self.model.device, self.model.dtype)
-
-    @torch.inference_mode()
-    def _take_weights(self) -> None:
-        matrix = self.source.lm_head.weight
-        if self.int8:
-            self.model = int8_copy(self.source)
-        elif matrix.dtype == self.source.dtype:
-            self.model = self.source
-        elif self.model in (None, self.source) or self.model.device != matrix.device:
-            self.model = self.source.inference_copy()
-        else:                                                # the copy we have, with new numbers
-            for ours, theirs in zip(self.model.parameters(), self.source.parameters()):
-                ours.copy_(theirs)
-
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.waiting or self.rows or self.parked)
 
-    def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None,
-               min_p: float = 0.0, stop: Sequence[str | int] = (),
-               logprobs: int | None = None, seed: int = 0, tools: bool | str = True,
-               sample: int = 0) -> int:
-        """Queue one answer and return its request number.
+# %% ../nbs/08_inference.ipynb #refresh
+@patch_to(Engine)
+def refresh(self) -> None:
+    """Take over the model's weights if they changed. Cast once to the compute dtype, not at
+    every step."""
+    weights = [(id(p), p._version) for p in self.source.parameters()]
+    if weights != self._weights:
+        self._take_weights()
+        self._weights, self._plan, self.prefixes = weights, None, {}
+        self.cache = RowCache(self.model.config, self.max_batch, self.max_len,
+                              self.model.device, self.model.dtype)
 
-        `stop`: strings and token ids that end it, besides <|assistant_end|> and <|bos|>; the token
-        that completes one is its last. `logprobs`: tell each token's log-probability and those of
-        so many likeliest, as the model gives them, before the dials. Raises UserError for a prompt
-        or a dial that cannot work.
-        """
-        dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        return _submit(self, prompt, max_new_tokens, dial, stop, logprobs, seed, check_tools(tools),
-                       sample)
 
-    def cancel(self, request: int) -> None:
-        """End a request now; its last event says "cancelled". A number that is not running is
-        ignored."""
-        _cancel(self, request)
+@patch_to(Engine)
+@torch.inference_mode()
+def _take_weights(self) -> None:
+    matrix = self.source.lm_head.weight
+    if self.int8:
+        self.model = int8_copy(self.source)
+    elif matrix.dtype == self.source.dtype:
+        self.model = self.source
+    elif self.model in (None, self.source) or self.model.device != matrix.device:
+        self.model = self.source.inference_copy()
+    else:                                                # the copy we have, with new numbers
+        for ours, theirs in zip(self.model.parameters(), self.source.parameters()):
+            ours.copy_(theirs)
 
-    def step(self) -> list[Event]:
-        """Advance every running answer by a token; what is new. Empty when there is nothing to
-        do."""
-        _advance(self)
-        events, self._events = list(self._events.values()), {}
-        return events
+# %% ../nbs/08_inference.ipynb #engine-methods
+@patch_to(Engine)
+def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
+           top_k: int | None = None, top_p: float | None = None,
+           min_p: float = 0.0, stop: Sequence[str | int] = (),
+           logprobs: int | None = None, seed: int = 0, tools: bool | str = True,
+           sample: int = 0) -> int:
+    """Queue one answer and return its request number.
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
-                 seed: int | Sequence[int] = 0, **options) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt; options as for `submit`. A list of seeds gives
-        each prompt its own."""
-        return _generate(self, prompts, num_samples, seed, options)
+    `stop`: strings and token ids that end it, besides <|assistant_end|> and <|bos|>; the token
+    that completes one is its last. `logprobs`: tell each token's log-probability and those of
+    so many likeliest, as the model gives them, before the dials. Raises UserError for a prompt
+    or a dial that cannot work.
+    """
+    dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    return _submit(self, prompt, max_new_tokens, dial, stop, logprobs, seed, check_tools(tools),
+                   sample)
 
-    def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """The token ids of one answer as they come; options as for `submit`. Closing the iterator
-        cancels it."""
-        return _stream(self, prompt, options)
+
+@patch_to(Engine)
+def cancel(self, request: int) -> None:
+    """End a request now; its last event says "cancelled". A number that is not running is
+    ignored."""
+    _cancel(self, request)
+
+
+@patch_to(Engine)
+def step(self) -> list[Event]:
+    """Advance every running answer by a token; what is new. Empty when there is nothing to
+    do."""
+    _advance(self)
+    events, self._events = list(self._events.values()), {}
+    return events
+
+
+@patch_to(Engine)
+def generate(self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
+             seed: int | Sequence[int] = 0, **options) -> list[list[Completion]]:
+    """`num_samples` completions of each prompt; options as for `submit`. A list of seeds gives
+    each prompt its own."""
+    return _generate(self, prompts, num_samples, seed, options)
+
+
+@patch_to(Engine)
+def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
+    """The token ids of one answer as they come; options as for `submit`. Closing the iterator
+    cancels it."""
+    return _stream(self, prompt, options)
 
 # %% ../nbs/08_inference.ipynb #advance
 @torch.inference_mode()
@@ -733,19 +759,6 @@ def _take_all(engine: Engine, requests: list[Request], logits: Tensor,
             for i, (r, token) in enumerate(zip(requests, tokens))]
 
 
-def _logprobs(requests: list[Request], tokens: list[int], logits: Tensor) -> dict[int, Logprob]:
-    """Row → what the model thought of its token, for the rows that want to know."""
-    rows = [i for i, r in enumerate(requests) if r.top is not None]
-    if not rows:
-        return {}
-    scores = logits[rows].log_softmax(-1)
-    best = scores.topk(max(requests[i].top for i in rows))
-    chosen = scores[range(len(rows)), [tokens[i] for i in rows]].tolist()
-    tops = zip(best.indices.tolist(), best.values.tolist())
-    return {i: Logprob(score, list(zip(*top))[:requests[i].top])
-            for i, score, top in zip(rows, chosen, tops)}
-
-
 def _take(engine: Engine, request: Request, token: int, logprob: Logprob | None) -> str | None:
     call = request.take(token)
     event = engine._events.setdefault(request.number, Event(request.number, []))
@@ -763,6 +776,19 @@ def _leave(engine: Engine, row: int) -> None:
     engine.rows[row] = engine.rows[-1]
     engine.rows.pop()
     engine._plan = None
+
+# %% ../nbs/08_inference.ipynb #logprobs
+def _logprobs(requests: list[Request], tokens: list[int], logits: Tensor) -> dict[int, Logprob]:
+    """Row → what the model thought of its token, for the rows that want to know."""
+    rows = [i for i, r in enumerate(requests) if r.top is not None]
+    if not rows:
+        return {}
+    scores = logits[rows].log_softmax(-1)
+    best = scores.topk(max(requests[i].top for i in rows))
+    chosen = scores[range(len(rows)), [tokens[i] for i in rows]].tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist())
+    return {i: Logprob(score, list(zip(*top))[:requests[i].top])
+            for i, score, top in zip(rows, chosen, tops)}
 
 # %% ../nbs/08_inference.ipynb #start-tool
 def _program_output(call: str) -> str:
@@ -1021,9 +1047,8 @@ def chat(engine: Engine, stage: str, *, prompt: str | None = None, **dials) -> N
         if prompt is not None:
             return
 
-# %% ../nbs/08_inference.ipynb #main
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+# %% ../nbs/08_inference.ipynb #parser
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nanochat_nb.inference",
                                      description="Talk to a trained model.")
     parser.add_argument("--run", default="runs/laptop",
@@ -1043,7 +1068,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--int8", action="store_true",
                         help="weights in 8 bits: a quarter of the memory, nearly the same answers")
-    a = parser.parse_args(arguments)
+    return parser
+
+# %% ../nbs/08_inference.ipynb #main
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    a = _parser().parse_args(arguments)
     from nanochat_nb.checkpoint import load_model
     if a.stage and a.stage not in STAGES:
         raise UserError(f"unknown stage {a.stage!r}{nearest(a.stage, STAGES)}")

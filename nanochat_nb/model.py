@@ -19,12 +19,12 @@ from .runtime import UserError, compute_dtype, generator, nearest
 
 # %% auto #0
 __all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows',
-           'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8', 'rope_table',
-           'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks', 'attend_near',
-           'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU', 'MLP', 'Block',
-           'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid', 'head_logits', 'softcap',
-           'HeadLoss', 'head_loss', 'GPT', 'init_parameters', 'parameter_counts', 'flops_per_token',
-           'store_in_compute_dtype', 'KVCache']
+           'from_depth', 'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8',
+           'rope_table', 'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks',
+           'attend_near', 'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU',
+           'MLP', 'Block', 'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid',
+           'head_logits', 'softcap', 'HeadLoss', 'head_loss', 'GPT', 'init_parameters', 'parameter_counts',
+           'flops_per_token', 'store_in_compute_dtype', 'KVCache']
 
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
@@ -69,19 +69,6 @@ class GPTConfig:
         """Per layer, how many tokens back a query sees besides itself; None is no limit."""
         return layer_windows(self)
 
-    @classmethod
-    def from_depth(cls, depth: int, *, vocab_size: int, sequence_len: int, head_dim: int = 128,
-                   aspect_ratio: int = 64, window_pattern: str = "SSSL", **more) -> GPTConfig:
-        """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads.
-
-        All layers but the first look back (a single one does too).
-        """
-        n_head = -(-depth * aspect_ratio // head_dim)
-        more = {"look_back_layers": range(min(1, depth - 1), depth)} | more
-        return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
-                   n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern,
-                   **more)
-
 # %% ../nbs/04_model.ipynb #check-config
 def _check_config(c: GPTConfig) -> None:
     for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -117,6 +104,22 @@ def layer_windows(c: GPTConfig) -> tuple[int | None, ...]:
     letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
     letters[-1] = "L" if letters[-1] == "S" else letters[-1]
     return tuple(width[letter] for letter in letters)
+
+# %% ../nbs/04_model.ipynb #from-depth
+def from_depth(cls, depth: int, *, vocab_size: int, sequence_len: int, head_dim: int = 128,
+               aspect_ratio: int = 64, window_pattern: str = "SSSL", **more) -> GPTConfig:
+    """The model of `depth` layers: `depth * aspect_ratio` channels, rounded up to whole heads.
+
+    All layers but the first look back (a single one does too).
+    """
+    n_head = -(-depth * aspect_ratio // head_dim)
+    more = {"look_back_layers": range(min(1, depth - 1), depth)} | more
+    return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head,
+               n_kv_head=n_head, n_embd=n_head * head_dim, window_pattern=window_pattern,
+               **more)
+
+
+GPTConfig.from_depth = classmethod(from_depth)
 
 # %% ../nbs/04_model.ipynb #norm
 class UnitNorm(torch.autograd.Function):
@@ -190,7 +193,7 @@ def to_fp8(x: Tensor, form: torch.dtype) -> tuple[Tensor, Tensor]:
     unit = x.abs().amax().float().clamp(min=1e-12) / top
     return (x.float() / unit).clamp(-top, top).to(form), unit
 
-
+# %% ../nbs/04_model.ipynb #fp8-product
 class Fp8Product(torch.autograd.Function):
     """x (N, C) @ weight.T, its three products in 8 bits; N and both sizes are multiples of 16."""
 
@@ -210,7 +213,7 @@ class Fp8Product(torch.autograd.Function):
                                      out_dtype=grad.dtype)
         return of_input, of_weight
 
-
+# %% ../nbs/04_model.ipynb #train-in-fp8
 def train_in_fp8(model: nn.Module) -> None:
     """Let the large products of the blocks train in 8 bits. Evaluating and generating never do."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):

@@ -12,11 +12,12 @@ from torch.optim.adamw import adamw
 
 from .model import GPT
 from .runtime import Runtime, UserError, compute_dtype, nearest
+from .tokenizer import patch_to
 
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'KINDS', 'adamw_update', 'polar_express', 'equilibrate_rows', 'renormalize', 'even_out',
            'muon_update', 'Shard', 'pad', 'fused_adamw_update', 'AdamWStack', 'MuonStack', 'MuonAdamW', 'make_stacks',
-           'grad_of', 'write_back', 'check_state', 'build_optimizer', 'adamw_group', 'muon_groups']
+           'grad_of', 'write_back', 'build_optimizer', 'adamw_group', 'muon_groups', 'check_state']
 
 # %% ../nbs/05_optimizer.ipynb #adamw-update
 def adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, step: int, lr: float,
@@ -243,29 +244,6 @@ class MuonAdamW:
         for stack, rows in arriving:
             write_back(stack.params, stack.split(rows()))
 
-    @torch.no_grad()
-    def full_state(self) -> dict[str, Tensor]:
-        """The whole state by parameter name, on the CPU of rank 0 ({} elsewhere).
-        Every rank must call it."""
-        state = {"step": torch.tensor(self.steps)}
-        for stack in self.stacks:
-            for key, part in stack.state.items():
-                rows = stack.shard.gather(part)()
-                for name, full in zip(stack.names, stack.split(rows)) if self.is_main else ():
-                    state[f"{name}.{key}"] = full.to("cpu", copy=True)
-        return state if self.is_main else {}
-
-    @torch.no_grad()
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's part of a `full_state` from any number of ranks;
-        UserError if it does not fit."""
-        check_state(self, state)
-        self.steps = int(state["step"])
-        for stack in self.stacks:
-            for key, part in stack.state.items():
-                rows = stack.rows([state[f"{name}.{key}"] for name in stack.names])
-                part.copy_(stack.shard_of(rows))
-
 # %% ../nbs/05_optimizer.ipynb #make-stacks
 KINDS = {"adamw": AdamWStack, "muon": MuonStack}
 
@@ -294,20 +272,6 @@ def write_back(params: list[Tensor], new: list[Tensor]) -> None:
     for p, value in zip(params, new):
         if p.data_ptr() != value.data_ptr():
             p.copy_(value)
-
-
-def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
-    """Refuse an optimizer state of another model, naming the first thing that does not fit."""
-    if "step" not in state:
-        raise UserError("the optimizer state has no step: it was not written by full_state")
-    for stack in optimizer.stacks:
-        for key, part in stack.state.items():
-            for name, p in zip(stack.names, stack.params):
-                want = p.shape if key != "second" else part.shape[1:]
-                if f"{name}.{key}" not in state or state[f"{name}.{key}"].shape != want:
-                    raise UserError(
-                        f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
-                        "it belongs to another model")
 
 # %% ../nbs/05_optimizer.ipynb #build-optimizer
 def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02,
@@ -354,3 +318,44 @@ def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
             "momentum": 0.95, "beta2": 0.9, "ns_steps": 5, "weight_decay": weight_decay
         })
     return groups
+
+# %% ../nbs/05_optimizer.ipynb #full-state
+@patch_to(MuonAdamW)
+@torch.no_grad()
+def full_state(self) -> dict[str, Tensor]:
+    """The whole state by parameter name, on the CPU of rank 0 ({} elsewhere).
+    Every rank must call it."""
+    state = {"step": torch.tensor(self.steps)}
+    for stack in self.stacks:
+        for key, part in stack.state.items():
+            rows = stack.shard.gather(part)()
+            for name, full in zip(stack.names, stack.split(rows)) if self.is_main else ():
+                state[f"{name}.{key}"] = full.to("cpu", copy=True)
+    return state if self.is_main else {}
+
+
+@patch_to(MuonAdamW)
+@torch.no_grad()
+def load_full_state(self, state: dict[str, Tensor]) -> None:
+    """Take this rank's part of a `full_state` from any number of ranks;
+    UserError if it does not fit."""
+    check_state(self, state)
+    self.steps = int(state["step"])
+    for stack in self.stacks:
+        for key, part in stack.state.items():
+            rows = stack.rows([state[f"{name}.{key}"] for name in stack.names])
+            part.copy_(stack.shard_of(rows))
+
+# %% ../nbs/05_optimizer.ipynb #check-state
+def check_state(optimizer: MuonAdamW, state: dict[str, Tensor]) -> None:
+    """Refuse an optimizer state of another model, naming the first thing that does not fit."""
+    if "step" not in state:
+        raise UserError("the optimizer state has no step: it was not written by full_state")
+    for stack in optimizer.stacks:
+        for key, part in stack.state.items():
+            for name, p in zip(stack.names, stack.params):
+                want = p.shape if key != "second" else part.shape[1:]
+                if f"{name}.{key}" not in state or state[f"{name}.{key}"].shape != want:
+                    raise UserError(
+                        f"the optimizer state has no {name}.{key} of shape {tuple(want)}: "
+                        "it belongs to another model")
