@@ -297,14 +297,19 @@ class MetricsLog:
         self.path, self.write = Path(path), write
 
     def log(self, step: int, **values) -> None:
-        """Append one row. Floats that are not finite become strings, so that it stays JSON."""
+        """Append one row. Floats that are not finite become strings, so that it stays JSON.
+        Raises UserError when it cannot be written."""
         if not self.write:
             return
         row = {"step": step} | {k: v if not isinstance(v, float) or math.isfinite(v) else repr(v)
                                 for k, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written ({error.strerror}); mend that and "
+                            "run again: training goes on from its last checkpoint") from error
 
     def rows(self) -> list[dict]:
         """All rows, oldest first. A last line cut by a kill is dropped."""
