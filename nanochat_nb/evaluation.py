@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -27,18 +28,19 @@ import torch.nn.functional as F
 from .corpus import as_text, data_folder, fetch_file
 from .execution import isolation
 from .inference import Engine
-from .model import GPT, GPTConfig, KVCache, head_logits
+from .model import (GPT, GPTConfig, Reading, attend, attend_to_past, check_ids,
+                               head_logits, visible)
 from .runtime import (Runtime, UserError, nearest, peak_memory_bytes, progress,
                                  run_command, run_folder, start_runtime, write_atomic, write_json)
 from .tasks import DataMissing, EMBEDDED, REAL, Task, open_task, text_of
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CACHE_BYTES', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits_per_byte',
+__all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CPU_TOKENS', 'CHOICE_LINE', 'CHATCORE', 'CHECKPOINTS', 'NGram', 'bits_per_byte',
            'document_rows', 'padded', 'by_length', 'text_bits_per_byte', 'standard_error', 'pass_at_k', 'center',
            'core_metric', 'CoreTask', 'read_core', 'unpack_core', 'find_core', 'core_rows', 'few_shot', 'core_prompts',
-           'Question', 'common_prefix', 'core_question', 'crop', 'span_scores', 'score_plain', 'score_shared', 'branch',
-           'HubModel', 'HubTokenizer', 'halving', 'tokens_in_cache', 'score_questions', 'right', 'evaluate_core_task',
+           'Question', 'common_prefix', 'core_question', 'crop', 'span_scores', 'Branches', 'score_together',
+           'HubModel', 'HubTokenizer', 'halving', 'in_groups', 'score_questions', 'right', 'evaluate_core_task',
            'evaluate_core', 'load_hub', 'pick_letters', 'write_answers', 'answer_text', 'reference', 'constant_score',
            'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint',
            'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram', 'open_tasks',
@@ -315,7 +317,7 @@ class Question:
     starts: list[int]
     gold: int | None
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """How many leading tokens all options have in common,
         that come before what predicts a scored one."""
@@ -353,19 +355,18 @@ def crop(question: Question, limit: int) -> Question:
 # %% ../nbs/10_evaluation.ipynb #span-scores
 @torch.no_grad()
 def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]],
-                starts: Sequence[int], offset: int = 0) -> list[tuple[float, bool]]:
+                starts: Sequence[int]) -> list[tuple[float, bool]]:
     """Per row: the mean loss of tokens `start` to the end, and whether each was the likeliest.
 
-    `hidden` (B, T, C) are the model's states for `rows` from token `offset` on;
-    float32 losses, NaN for no token.
+    `hidden` (B, T, C) are the model's states for `rows`; float32 losses, NaN for no token.
     """
     where = [(b, t) for b, (row, start) in enumerate(zip(rows, starts))
              for t in range(start, len(row))]
     if not where:
         return [(math.nan, True)] * len(rows)
-    b, t = torch.tensor(where).T
+    b, t = torch.tensor(where, device=hidden.device).T
     truth = torch.tensor([rows[i][j] for i, j in where], device=hidden.device)
-    states = hidden[b.to(hidden.device), (t - 1 - offset).to(hidden.device)]
+    states = hidden[b, t - 1]
     weight = model.lm_head.weight[:model.config.vocab_size]
     losses, best = [], []
     for s, y in zip(states.split(1024), truth.split(1024)):
@@ -373,52 +374,77 @@ def span_scores(model: GPT, hidden: torch.Tensor, rows: Sequence[Sequence[int]],
         losses.append(F.cross_entropy(logits, y, reduction="none"))
         best.append(logits.argmax(-1) == y)
     sizes = [len(row) - start for row, start in zip(rows, starts)]
-    spans = zip(torch.cat(losses).split(sizes), torch.cat(best).split(sizes))
+    spans = zip(torch.cat(losses).cpu().split(sizes), torch.cat(best).cpu().split(sizes))
     return [(loss.mean().item(), bool(greedy.all())) for loss, greedy in spans]
 
-# %% ../nbs/10_evaluation.ipynb #score-plain
-@torch.no_grad()
-def score_plain(model: GPT, options: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-    """Mean loss and greediness of (tokens, start) options in one forward pass without a cache."""
-    rows, starts = zip(*options)
-    hidden = model.hidden(padded(rows, rows[0][0]).to(model.device))
-    return span_scores(model, hidden, rows, starts)
-
-# %% ../nbs/10_evaluation.ipynb #score-shared
-@torch.no_grad()
-def score_shared(model: GPT, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
-    """Mean loss and greediness of every option, the questions' beginnings read once
-    and continued by their options."""
-    cut = [q.shared for q in questions]
-    rows = [o for q in questions for o in q.options]
-    owner = [i for i, q in enumerate(questions) for _ in q.options]
-    tails = [o[cut[i]:] for o, i in zip(rows, owner)]
-    cache = KVCache(model.config, len(questions), max(cut), model.device, model.dtype)
-    cache.lengths = torch.tensor(cut, device=model.device)
-    model.hidden(
-        padded([q.options[0][:c] for q, c in zip(questions, cut)], rows[0][0]).to(model.device),
-        cache)
-    cache = branch(cache, owner, max(map(len, tails)))
-    cache.lengths = torch.tensor([len(t) for t in tails], device=model.device)
-    hidden = model.hidden(padded(tails, rows[0][0]).to(model.device), cache)
-    starts = [s - cut[i] for s, i in zip((s for q in questions for s in q.starts), owner)]
-    scores = iter(span_scores(model, hidden, tails, starts))
-    return [[next(scores) for _ in q.options] for q in questions]
-
 # %% ../nbs/10_evaluation.ipynb #branch
-def branch(cache: KVCache, owner: Sequence[int], room: int) -> KVCache:
-    """A cache whose row b continues row `owner[b]` of `cache`,
-    with space for `room` more tokens."""
-    out = object.__new__(KVCache)
-    rows = torch.tensor(owner, device=cache.store.device)
-    layers, both, _, _, *head = cache.store.shape
-    out.store = cache.store.new_zeros(layers, both, len(owner), cache.filled + room + 1, *head)
-    for b, o in enumerate(owner):                             # row by row: no second copy in memory
-        out.store[:, :, b, :cache.filled] = cache.store[:, :, o, :cache.filled]
-    out.positions, out.lengths, out.filled = cache.positions[rows], None, cache.filled
-    out.previous_embedding = cache.previous_embedding[rows]
-    out.max_len = cache.filled + room
-    return out
+class Branches(Reading):
+    """Questions, each read as one row: first what its options share (the stem, up to `stem` tokens),
+    then the rest of every option (`options` twigs of up to `twig` tokens), all filled up."""
+
+    def __init__(self, model: GPT, questions: Sequence[Question]):
+        self.stem = max(q.shared for q in questions)
+        self.options = max(len(q.options) for q in questions)
+        self.twig = max(len(o) - q.shared for q in questions for o in q.options)
+        self.ids = torch.tensor([self.row(q) for q in questions], device=model.device)
+        check_ids(self.ids.view(-1, 1), model)
+        cut = torch.tensor([[q.shared] for q in questions], device=model.device)
+        slot = torch.arange(self.ids.size(1), device=model.device)
+        behind = slot - self.stem                            # negative in the stem
+        self.option = behind.div(self.twig, rounding_mode="floor").clamp(min=-1)
+        positions = torch.where(behind < 0, slot, cut + behind % self.twig)
+        self.real = (behind >= 0) | (slot < cut)             # (B, slots): no filling of the stem
+        self.earlier = torch.where((behind >= 0) & (behind % self.twig == 0), cut, slot)
+        rows = positions.clamp(max=model.cos.size(0) - 1)    # only filling lies beyond the table
+        super().__init__(model.cos[rows], model.sin[rows], positions=positions)
+
+    def row(self, q: Question) -> list[int]:
+        """The ids of one question's row."""
+        parts = [(q.options[0][:q.shared], self.stem)]
+        parts += [(o[q.shared:], self.twig) for o in q.options]
+        parts += [([], self.twig)] * (self.options - len(q.options))
+        return [i for ids, room in parts for i in (*ids, *[0] * (room - len(ids)))]
+
+# %% ../nbs/10_evaluation.ipynb #branch-sees
+def _seen(self: Branches, window: int | None) -> torch.Tensor:
+    """Which slots the twigs' slots see: bool (B, options · twig, slots)."""
+    near = visible(self.positions[:, self.stem:], self.positions[:, None], window)
+    mine = (self.option == -1) | (self.option == self.option[self.stem:, None])
+    return near & mine & self.real[:, None]
+
+
+def _attend(self: Branches, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+            window: int | None) -> torch.Tensor:
+    """The stem reads itself; a twig reads the stem and itself."""
+    s = self.stem
+    if window not in self._masks:
+        self._masks[window] = self.seen(window)[:, None]
+    twigs = attend(q[:, s:], k, v, self._masks[window])
+    stem = [attend_to_past(q[:, :s], k[:, :s], v[:, :s], window)] if s else []
+    return torch.cat([*stem, twigs], dim=1)
+
+
+def _set_before(self: Branches, x: torch.Tensor | None) -> None:
+    """The model says what stood one slot before each; a twig's first token follows the stem."""
+    self._before = None if x is None else x[torch.arange(len(x))[:, None], self.earlier]
+
+
+Branches.seen, Branches.attend = _seen, _attend
+Branches.before = property(lambda self: self._before, _set_before)
+
+# %% ../nbs/10_evaluation.ipynb #score-together
+@torch.no_grad()
+def score_together(model: GPT, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
+    """Mean loss and greediness of every option, in one forward pass in which each question is a
+    row."""
+    tree, twigs = Branches(model, questions), []
+    for q in questions:
+        twigs += [(o[q.shared:], s - q.shared) for o, s in zip(q.options, q.starts)]
+        twigs += [([], 0)] * (tree.options - len(q.options))
+    hidden = model.hidden(tree.ids, reading=tree)[:, tree.stem:]
+    hidden = hidden.unflatten(1, (tree.options, tree.twig)).flatten(0, 1)
+    scores = iter(span_scores(model, hidden, *zip(*twigs)))
+    return [[next(scores) for _ in range(tree.options)][:len(q.options)] for q in questions]
 
 # %% ../nbs/10_evaluation.ipynb #hub-model
 class HubModel:
@@ -475,43 +501,30 @@ def halving(work: Callable[[Sequence], list], items: Sequence) -> list:
     middle = len(items) // 2
     return halving(work, items[:middle]) + halving(work, items[middle:])
 
-# %% ../nbs/10_evaluation.ipynb #tokens-in-cache
-CACHE_BYTES = 2**32  # keys and values of the questions scored together take at most about this
-
-
-def tokens_in_cache(model: GPT) -> int:
-    """How many tokens' keys and values fit into `CACHE_BYTES`."""
-    c = model.config
-    return CACHE_BYTES // (2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize)
-
 # %% ../nbs/10_evaluation.ipynb #score-questions
+CPU_TOKENS = 1024             # at a time on a CPU: more would not stay in its cache
+
+
+def in_groups(work: Callable[[Sequence], list], items: Sequence, lengths: Sequence[int],
+              batch_tokens: int) -> list:
+    """The results of `work` for all items, a group of similar lengths at a time."""
+    out = [None] * len(items)
+    for group in by_length(lengths, batch_tokens):
+        for i, result in zip(group, halving(work, [items[i] for i in group])):
+            out[i] = result
+    return out
+
+
 def score_questions(model: GPT | HubModel, questions: Sequence[Question], *,
-                    batch_tokens: int = 8192, share: bool = True) -> list[list[tuple[float, bool]]]:
+                    batch_tokens: int = 8192) -> list[list[tuple[float, bool]]]:
     """(mean loss, all greedy) of every option of every question, batched by length."""
-    scores: list[list] = [[None] * len(q.options) for q in questions]
-    foreign = isinstance(model, HubModel)                    # has no cache that we could share
-    plain = model.score if foreign else lambda part: score_plain(model, part)
-    together = [
-        i for i, q in enumerate(questions)
-        if share and not foreign and len(q.options) > 1 and q.shared >= 16
-    ]
-    cost = [sum(map(len, questions[i].options))
-            for i in together]  # the cache holds every option in full
-    room = min(4 * batch_tokens, tokens_in_cache(model)) if together else 0
-    for group in by_length(cost, room):
-        picked = [together[g] for g in group]
-        for i, result in zip(
-                picked,
-                halving(lambda part: score_shared(model, part), [questions[i] for i in picked])):
-            scores[i] = result
-    left = sorted(set(range(len(questions))) - set(together))
-    alone = [(i, k) for i in left for k in range(len(questions[i].options))]
-    for group in by_length([len(questions[i].options[k]) for i, k in alone], batch_tokens):
-        options = [(questions[i].options[k], questions[i].starts[k])
-                   for i, k in (alone[g] for g in group)]
-        for g, result in zip(group, halving(plain, options)):
-            scores[alone[g][0]][alone[g][1]] = result
-    return scores
+    if isinstance(model, HubModel):
+        options = [pair for q in questions for pair in zip(q.options, q.starts)]
+        found = iter(in_groups(model.score, options, [len(o) for o, _ in options], batch_tokens))
+        return [[next(found) for _ in q.options] for q in questions]
+    room = min(batch_tokens, CPU_TOKENS) if model.device.type == "cpu" else batch_tokens
+    lengths = [q.shared + len(q.options) * (max(map(len, q.options)) - q.shared) for q in questions]
+    return in_groups(lambda part: score_together(model, part), questions, lengths, room)
 
 # %% ../nbs/10_evaluation.ipynb #right
 def right(question: Question, scores: Sequence[tuple[float, bool]]) -> bool:

@@ -525,10 +525,12 @@ class Trunk(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def hidden(self, idx: Tensor, cache=None) -> Tensor:
-        """Hidden states (B, T, C) in the compute dtype for token ids (B, T)."""
-        check_ids(idx, self)
-        reading = start_reading(self, idx, cache)
+    def hidden(self, idx: Tensor, cache=None, reading: Reading | None = None) -> Tensor:
+        """Hidden states (B, T, C) in the compute dtype for token ids (B, T): one text per row, or
+        what `reading` makes of it."""
+        if reading is None:
+            check_ids(idx, self)
+            reading = start_reading(self, idx, cache)
         x = self.embed(idx, reading)
         first, middle = x, None
         for i, block in enumerate(self.blocks):

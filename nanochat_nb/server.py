@@ -40,9 +40,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .checkpoint import latest_checkpoint, load_model
-from .inference import (STAGES, TEMPERATURE, Engine, Event, TextStream, chat_prompt,
-                                   run_folder)
-from .model import GPTConfig, head_logits
+from .inference import (STAGES, TEMPERATURE, Engine, Event, Logprob, StopWatch,
+                                   TextStream, chat_prompt, next_logits, run_folder)
+from .model import GPTConfig
 from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
@@ -70,15 +70,20 @@ class ScriptedEngine:
                  delay: float = 0.0):
         self.tokenizer, self.reply, self.max_len, self.delay = tokenizer, reply, max_len, delay
         self.rows: dict[int, list[int]] = {}
+        self.watches: dict[int, StopWatch] = {}
         self.steps = self.requests = 0
 
-    def submit(self, prompt: list[int], *, max_new_tokens: int, **sampling) -> int:
+    def submit(self, prompt: list[int], *, max_new_tokens: int, stop: Sequence[str] = (),
+               **sampling) -> int:
         self.requests += 1
+        if stop:
+            self.watches[self.requests] = StopWatch(self.tokenizer, stop)
         self.rows[self.requests] = self.reply(prompt)[:max_new_tokens]
         return self.requests
 
     def cancel(self, request: int) -> None:
         self.rows.pop(request, None)
+        self.watches.pop(request, None)
 
     def step(self) -> list[Event]:
         self.steps += 1
@@ -87,10 +92,12 @@ class ScriptedEngine:
         for request, ids in list(self.rows.items()):
             new = [ids.pop(0)] if ids else []
             ended = new in ([], [self.tokenizer.special("<|assistant_end|>")])
+            watch = self.watches.get(request)
+            ended = ended or watch is not None and watch.see(new[0])
             reason = "stop" if ended else None if ids else "length"
             events.append(Event(request, new, reason))
             if reason:
-                del self.rows[request]
+                self.cancel(request)
         return events
 
 # %% ../nbs/16_server.ipynb #ticket
@@ -110,6 +117,7 @@ class Ticket:
     # (new ids, finish reason or None), on the engine's thread
     report: Callable[[list[int], str | None], None]
     request: int | None = None  # the engine's number for it, once it has one
+    logprobs: list[Logprob] = field(default_factory=list)    # of all ids so far, if asked for
 
 # %% ../nbs/16_server.ipynb #engineworker
 class EngineWorker:
@@ -206,6 +214,7 @@ def _run(self: EngineWorker) -> None:
             ticket = self.active.get(event.request)
             if ticket is None:
                 continue
+            ticket.logprobs += event.logprobs
             if event.finish_reason:
                 self._finish(ticket, event.ids, event.finish_reason)
             else:
@@ -316,6 +325,7 @@ class Sampling(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=1_000_000)
+    min_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
@@ -324,7 +334,8 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
 
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return tuple(s for s in listed if s)
 
 # %% ../nbs/16_server.ipynb #chatrequest
 class ChatRequest(Sampling):
@@ -547,15 +558,18 @@ class Job:
     worker: EngineWorker
     prompts: list[list[int]]
     options: dict
-    stop: tuple[str, ...] = ()
     dropped_turns: int = 0
-    top: int | None = None           # give log-probabilities, and those of so many alternatives
     echo: int | None = None          # give the prompt back, from its token number `echo` on
     first_token: float | None = None     # when it came, as `time.perf_counter` tells
     ids: list[list[int]] = field(init=False)      # what was written so far, for each prompt
+    logprobs: list[list[Logprob]] = field(init=False)        # and of what has ended, if asked for
 
     def __post_init__(self):
-        self.ids = [[] for _ in self.prompts]
+        self.ids, self.logprobs = [[] for _ in self.prompts], [[] for _ in self.prompts]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.options.get("stop", ())
 
     @property
     def completion_tokens(self) -> int:
@@ -592,13 +606,9 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
             if finish and finish.startswith("error: "):
                 raise ApiError(500, finish[7:], kind="server_error")
             pieces = decoders[index].feed(ids)
-            if decoders[index].stopped and not finish:
-                job.worker.cancel(tickets[index])
-                finish = "stop"
             if finish:
                 pieces += decoders[index].flush()
-                finish = "stop" if decoders[index].stopped else finish
-                del tickets[index]
+                job.logprobs[index] = tickets.pop(index).logprobs
             if pieces or finish:
                 yield index, merge_pieces(pieces), finish
     finally:
@@ -663,18 +673,17 @@ class Shape:
 
 # %% ../nbs/16_server.ipynb #token-scores
 @torch.inference_mode()
-def token_scores(engine: Engine, row: list[int],
-                 top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+def token_scores(engine: Engine, row: list[int], top: int) -> list[Logprob]:
     """For each token of `row` but the first: its log-probability after those before it, and the
     `top` likeliest tokens there with theirs."""
     model, ids, out = engine.model, torch.tensor(row), []
     hidden = model.hidden(ids[None].to(model.device))[0, :-1]
-    weight = model.lm_head.weight[:model.config.vocab_size]
     for states, truth in zip(hidden.split(1024), ids[1:].to(model.device).split(1024)):
-        scores = head_logits(states, weight).log_softmax(-1)
-        values, places = scores.topk(min(top, scores.size(-1)))
+        scores = next_logits(model, states).log_softmax(-1)
+        best = scores.topk(min(top, scores.size(-1)))
         right = scores.gather(1, truth[:, None])[:, 0].tolist()
-        out += zip(right, ([*zip(p, v)] for p, v in zip(places.tolist(), values.tolist())))
+        tops = zip(best.indices.tolist(), best.values.tolist())
+        out += [Logprob(score, [*zip(*likeliest)]) for score, likeliest in zip(right, tops)]
     return out
 
 # %% ../nbs/16_server.ipynb #token-name
@@ -702,18 +711,21 @@ def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
 # %% ../nbs/16_server.ipynb #logprobs-of
 async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
     """The `logprobs` of a finished choice in OpenAI's form, or None when they are not wanted."""
-    if job.top is None:
+    top = job.options.get("logprobs")
+    if top is None:
         return None
     tokenizer, prompt = job.worker.engine.tokenizer, job.prompts[index]
-    first = len(prompt) if job.echo is None else job.echo
-    row = prompt + listed_ids(tokenizer, job.ids[index], job.stop, chat)
-    found = await asyncio.wrap_future(
-        job.worker.call(lambda engine: token_scores(engine, row, job.top)))
-    write = chat_logprobs if chat else text_logprobs
-    return write(tokenizer, row[first:], [(None, []), *found][first:])
+    ids = listed_ids(tokenizer, job.ids[index], job.stop, chat)
+    scores = job.logprobs[index][:len(ids)]
+    if job.echo is not None:
+        read = await asyncio.wrap_future(
+            job.worker.call(lambda engine: token_scores(engine, prompt, top)))
+        ids = prompt[job.echo:] + ids
+        scores = [Logprob(None, []), *read][job.echo:] + scores
+    return (chat_logprobs if chat else text_logprobs)(tokenizer, ids, scores)
 
 # %% ../nbs/16_server.ipynb #logprob-forms
-def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
     def entry(token: int, score: float) -> dict:
         return {"token": token_name(tokenizer, token), "logprob": score,
                 "bytes": list(tokenizer.decode_bytes([token]))}
@@ -721,7 +733,7 @@ def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple])
                         for token, (score, others) in zip(ids, scores)], "refusal": None}
 
 
-def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[tuple]) -> dict:
+def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
     names = [token_name(tokenizer, token) for token in ids]
     likeliest = [others and {token_name(tokenizer, t): s for t, s in others} | {name: score} or None
                  for name, (score, others) in zip(names, scores)]
@@ -778,8 +790,9 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
                  limits.max_tokens)
     ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
                                max_len=context - min(wanted, context // 2))
-    options = sampling_options(body, wanted, context - len(ids)) | {"tools": True}
-    return Job(worker, [ids] * (body.n or 1), options, body.stops(), dropped, body.top)
+    options = sampling_options(body, wanted, context - len(ids)) | {
+        "tools": True, "logprobs": body.top}
+    return Job(worker, [ids] * (body.n or 1), options, dropped)
 
 # %% ../nbs/16_server.ipynb #completion-job
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
@@ -792,10 +805,10 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
     check_rows(rows, tokenizer.vocab_size, worker.engine.max_len)
     wanted = min(16 if body.max_tokens is None else body.max_tokens, limits.max_tokens)
     room = worker.engine.max_len - max(map(len, rows))
-    options = sampling_options(body, wanted, room) | {"tools": False}
+    options = sampling_options(body, wanted, room) | {"tools": False, "logprobs": body.top}
     ours = isinstance(many[0], str)                          # the <|bos|> is: not given back
-    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options, body.stops(),
-               top=body.top, echo=int(ours) if body.echo else None)
+    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options,
+               echo=int(ours) if body.echo else None)
 
 
 def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
@@ -812,7 +825,8 @@ def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
 # %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
     """The engine's keyword arguments. Without a seed each request draws a fresh one."""
-    return {"max_new_tokens": min(wanted, room), "top_k": body.top_k, "top_p": body.top_p,
+    return {"max_new_tokens": min(wanted, room), "stop": body.stops(),
+            "top_k": body.top_k, "top_p": body.top_p, "min_p": body.min_p or 0.0,
             "temperature": TEMPERATURE if body.temperature is None else body.temperature,
             "seed": secrets.randbits(48) if body.seed is None else body.seed}
 

@@ -168,7 +168,7 @@ def test_too_little_memory_halves_the_batch(exam, monkeypatch):
     with pytest.raises(UserError, match="single row"):
         halving(lambda items: cramped(items, most=0), [1, 2])
     model, tok, _ = exam
-    whole, sizes = evaluation.score_shared, []
+    whole, sizes = evaluation.score_together, []
     expected = evaluate_core_task(model, tok, SUMS, MIXED)
 
     def small(model, questions):
@@ -177,5 +177,5 @@ def test_too_little_memory_halves_the_batch(exam, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return whole(model, questions)
 
-    monkeypatch.setattr(evaluation, "score_shared", small)
+    monkeypatch.setattr(evaluation, "score_together", small)
     assert evaluate_core_task(model, tok, SUMS, MIXED) == expected and max(sizes) > 2

@@ -35,7 +35,8 @@ ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "developer"]) | SCALARS,
                               "content": TEXT | st.lists(st.fixed_dictionaries(
                                   {"type": st.sampled_from(["text", "python", "python_output"]), "text": TEXT}), max_size=3) | ANYTHING})
-GOOD = {"temperature": st.floats(0, 2), "top_p": st.floats(0.01, 1), "top_k": st.integers(1, 400), "max_tokens": st.integers(0, 60),
+GOOD = {"temperature": st.floats(0, 2), "top_p": st.floats(0.01, 1), "min_p": st.floats(0, 1), "top_k": st.integers(1, 400),
+        "max_tokens": st.integers(0, 60),
         "stop": TEXT | st.lists(TEXT, max_size=4), "seed": st.integers(-2**63, 2**63 - 1), "n": st.integers(1, 3), "stream": st.booleans(),
         "echo": st.booleans(), "logprobs": st.integers(0, 20) | st.booleans(), "top_logprobs": st.integers(0, 20),
         "model": st.sampled_from(["small", ""]) | TEXT,

@@ -171,6 +171,24 @@ def test_echo_and_log_probabilities(engine, tok):
     assert client.post("/v1/completions", json=ask | {"logprobs": 99}).status_code == 400
 
 
+def test_dials_stops_and_numbers_are_the_engines(engine, tok):
+    """min_p as other servers take it; a stop string ends the row in the engine; log-probabilities are those of its steps."""
+    client, prompt = TestClient(create_app(engine)), tok.encode("one owl", prepend="<|bos|>")
+    greedy = dict(max_new_tokens=12, temperature=0, tools=False, logprobs=2)
+    [[whole]] = engine.generate([prompt], **greedy)
+    ask = {"prompt": "one owl", "max_tokens": 12, "temperature": 2, "seed": 5}
+    text = lambda **more: client.post("/v1/completions", json=ask | more).json()["choices"][0]["text"]
+    assert text(min_p=1) == text(temperature=0) != text() == text(min_p=0) == text(min_p=None)
+    assert client.post("/v1/completions", json=ask | {"min_p": 1.1}).status_code == 400
+    stop = text(temperature=0)[2:4]
+    [[ended]] = engine.generate([prompt], stop=[stop], **greedy)
+    answer = client.post("/v1/completions", json=ask | {"temperature": 0, "stop": ["", stop], "logprobs": 2}).json()
+    [choice], told = answer["choices"], answer["choices"][0]["logprobs"]
+    assert choice["text"] == text(temperature=0).split(stop)[0] and choice["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(ended.ids) < len(whole.ids)
+    assert told["token_logprobs"] == pytest.approx([step.chosen for step in whole.logprobs][:len(told["tokens"])], abs=1e-5)
+
+
 def test_every_request_lets_its_model_go(loaders):
     app = create_app(loaders, limits=Limits(choices=2))
     client, pool = TestClient(app, raise_server_exceptions=False), app.state.pool
