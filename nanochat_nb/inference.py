@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import nanochat_nb
 from .execution import calculate, isolation, run_code
-from .model import GPT, Embedding, GPTConfig, KVCache, Linear, softcap
+from .model import (
+    GATE_CHANNELS, GPT, SMEAR_CHANNELS, Embedding, GPTConfig, KVCache, Linear, softcap)
 from .runtime import UserError, generator, nearest, seed_of
 from .tokenizer import Tokenizer, patch_to
 
@@ -33,9 +34,10 @@ from .tokenizer import Tokenizer, patch_to
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'layers_by_window',
            'kept', 'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
            'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
-           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'RecordedStep',
-           'chat_prompt', 'to_int8', 'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder',
-           'best_stage', 'chat', 'main']
+           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'Unit', 'turned',
+           'Product', 'Place', 'places', 'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'chat_prompt', 'to_int8',
+           'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder', 'best_stage', 'chat',
+           'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -233,7 +235,8 @@ class Dials:
     def __init__(self, rows: Sequence[Dial], device: torch.device | str = "cpu"):
         self.temperature, self.top_k, self.top_p, self.min_p = (
             torch.tensor(column, device=device) for column in zip(*rows))
-        self.greedy = all(row.temperature <= 0 for row in rows)
+        cold = [row.temperature <= 0 for row in rows]
+        self.greedy, self.any_greedy = all(cold), any(cold)
         self.most = max(row.top_k for row in rows)
         self.nucleus = any(row.top_p < 1 for row in rows)
         self.bar = any(row.min_p > 0 for row in rows)
@@ -275,6 +278,8 @@ def choose(logits: Tensor, uniform: Tensor, dials: Dials) -> Tensor:
     total, uniform = passed[:, -1:], uniform.to(passed.device)
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(passed, target, right=True)[:, 0].to(logits.device)
+    if not dials.any_greedy:                                 # argmax is slow on a CPU
+        return drawn
     return torch.where(dials.temperature <= 0, logits.argmax(-1), drawn)
 
 # %% ../nbs/08_inference.ipynb #search-device
@@ -476,7 +481,7 @@ class Engine:
         self.source, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_len = max_len or model.config.sequence_len
         self.stops = frozenset(map(tokenizer.special, ("<|assistant_end|>", "<|bos|>")))
-        self.int8, self.model, self._weights = int8, None, None
+        self.int8, self.model, self._weights, self._short = int8, None, None, None
         # prompts read, wanted by others waiting
         self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
@@ -660,8 +665,171 @@ def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
 
 # %% ../nbs/08_inference.ipynb #choose-for-rows
 def _choose(requests: list[Request], logits: Tensor, dials: Dials) -> list[int]:
+    if dials.greedy:                                         # nothing is drawn
+        return logits.argmax(-1).tolist()
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, dials).tolist()
+
+# %% ../nbs/08_inference.ipynb #short-unit
+class Unit:
+    """`norm(x) * scale` for x (…, size), in four operations."""
+
+    def __init__(self, size: int, dtype: torch.dtype, scale: float = 1.0):
+        wide = torch.promote_types(dtype, torch.float32)
+        self.floor = torch.tensor((size * torch.finfo(wide).eps) ** 0.5, dtype=wide)
+        self.factor = torch.tensor(1 / (scale * size ** 0.5), dtype=wide)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.floor.dtype)
+        divisor = torch.hypot(length, self.floor).mul_(self.factor)
+        return x / (divisor if divisor.dtype == x.dtype else divisor.to(x.dtype))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` for x (B, H, D), with cos and sin (B, 1, D): the table's two halves alike, the
+    second half of sin negative."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos).addcmul_(torch.cat([b, a], dim=-1), sin)
+
+
+class Product:
+    """The outputs of all `parts` side by side; plain matrices are joined to one."""
+
+    def __init__(self, *parts: nn.Module):
+        self.parts, self.matrix = parts, None
+        if all(type(part) is Linear for part in parts):
+            rows = [part.weight for part in parts]
+            self.matrix = (torch.cat(rows) if len(rows) > 1 else rows[0]).T
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, inputs) -> (B, outputs)."""
+        if self.matrix is None:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+        return x.mm(self.matrix)
+
+    def onto(self, stream: Tensor, x: Tensor) -> Tensor:
+        """Add the outputs to `stream` (B, outputs), in place."""
+        return stream.add_(self(x)) if self.matrix is None else stream.addmm_(x, self.matrix)
+
+# %% ../nbs/08_inference.ipynb #short-place
+class Place(NamedTuple):
+    """Where a step writes and reads in one layer's cache."""
+    new: Tensor                                              # (B · heads,) numbers of places
+    keys: Tensor                                             # all places (places, channels)
+    values: Tensor
+    seen_keys: Tensor                                        # (B, heads, S, channels)
+    seen_values: Tensor
+    hide: Tensor | None                                      # (B, 1, 1, S): 0, -inf; None: nothing
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Store the rows' new keys and values (B, heads, channels)."""
+        self.keys.index_copy_(0, self.new, k.reshape(-1, k.size(-1)))
+        self.values.index_copy_(0, self.new, v.reshape(-1, v.size(-1)))
+
+
+def places(cache: RowCache) -> list[Place]:
+    """For each layer where its step of one token per row takes place; makes room for it."""
+    rows, end = len(cache.ends), max(cache.ends) + 1
+    cache._grow(rows, end)
+    now, heads = cache.positions[:, None], cache.config.n_kv_head
+    head, of_window = torch.arange(rows * heads).view(rows, heads), {}
+    for w, store in cache.store.items():
+        used, width, flat = kept(w, end), store.size(4), store.flatten(0, 1)
+        slot = now if used == end else now % (w + 1)         # the same until the ring comes round
+        new = torch.add(slot, head, alpha=width).view(-1)
+        seen, hide = flat.narrow(1, 0, rows).narrow(3, 0, used).unbind(), None
+        if min(cache.ends) + 1 < used:
+            hide = store.new_zeros(rows, used).masked_fill_(torch.arange(used) > now, -torch.inf)
+            hide = hide[:, None, None]
+        flat = flat.view(len(flat), -1, store.size(5)).unbind()
+        of_window[w] = [Place(new, *flat[i:i + 2], *seen[i:i + 2], hide)
+                        for i in range(0, len(flat), 2)]
+    return [of_window[w][i] for _, (w, i) in sorted(cache.index.items())]
+
+# %% ../nbs/08_inference.ipynb #short-block
+class Moment(NamedTuple):
+    """What all blocks of a step share."""
+    ids: Tensor                                              # (B,)
+    before: Tensor                                           # (B, C): embeddings one earlier
+    cos: Tensor                                              # (B, 1, head channels)
+    sin: Tensor
+
+
+class ShortBlock:
+    """`Block` for one new token per row, in few operations."""
+
+    def __init__(self, block: nn.Module, table: nn.Module | None, config: GPTConfig,
+                 dtype: torch.dtype):
+        attn, kv = block.attn, config.n_kv_head * config.head_dim
+        self.heads, self.head_dim = (config.n_head, config.n_kv_head), config.head_dim
+        self.norm = Unit(config.n_embd, dtype)
+        self.norm_heads = Unit(config.head_dim, dtype, attn.qk_scale)
+        self.read, self.out = Product(attn.q, attn.k, attn.v), Product(attn.out)
+        self.before = attn.k_before and Product(attn.k_before)
+        self.parts = (config.n_embd, kv // 2, kv) if self.before else (config.n_embd + kv, kv)
+        self.gate, self.table = attn.gate and Product(attn.gate), table and table.forward
+        self.up, self.down = Product(block.mlp.up), Product(block.mlp.down)
+
+    def __call__(self, x: Tensor, now: Moment, place: Place) -> Tensor:
+        """x (B, C) -> (B, C), in place."""
+        qk, v = self.heads_of(self.norm(x), now)
+        qk = self.norm_heads(turned(qk, now.cos, now.sin))
+        qk = qk if qk.dtype == v.dtype else qk.to(v.dtype)   # a rotation may be wider
+        q, k = qk.split_with_sizes(self.heads, dim=1)
+        place.write(k, v)
+        y = F.scaled_dot_product_attention(q.unsqueeze(2), place.seen_keys, place.seen_values,
+                                           place.hide, enable_gqa=q.size(1) != k.size(1))
+        self.out.onto(x, y.reshape(x.shape))
+        return self.down.onto(x, self.up(self.norm(x)).relu_().square_())
+
+    def heads_of(self, y: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H + H_kv, D), and values (B, H_kv, D), of normed y (B, C)."""
+        *qk, v = self.read(y).split_with_sizes(self.parts, dim=1)
+        rows, size = len(y), self.head_dim
+        v = v.view(rows, -1, size)
+        if self.before:
+            quarters = (rows, -1, 2, size // 4)
+            past = self.before(now.before).view(quarters)
+            k = torch.stack([qk[1].view(quarters), past], dim=-2).view(rows, -1, size)
+            qk = [torch.cat([qk[0].view(rows, -1, size), k], dim=1)]
+        if self.table:
+            strength = torch.sigmoid(self.gate(y.narrow(1, 0, GATE_CHANNELS))).unsqueeze(2)
+            v = torch.addcmul(v, strength, self.table(now.ids).view(v.shape), value=3)
+        return qk[0].view(rows, -1, size), v
+
+# %% ../nbs/08_inference.ipynb #short-step
+class ShortStep:
+    """The step of one token per row on a CPU: what `GPT.hidden` and `next_logits` compute, in few
+    operations. Holds copies of some weights."""
+
+    @torch.inference_mode()
+    def __init__(self, model: GPT, max_len: int):
+        config, dtype = model.config, model.dtype
+        self.model, self.norm = model, Unit(config.n_embd, dtype)
+        cos, sin = model.cos[:max_len], model.sin[:max_len]
+        self.rotations = torch.cat([cos, cos, sin, -sin], dim=-1)
+        tables = [model.value_embeds[str(i)] if str(i) in model.value_embeds else None
+                  for i in range(config.n_layer)]
+        self.blocks = [ShortBlock(block, table, config, dtype)
+                       for block, table in zip(model.blocks, tables)]
+        self.smear, self.smear_gate = float(model.smear_lambda), Product(model.smear_gate)
+        self.backout, self.resid = float(model.backout_lambda), model.resid_lambdas.tolist()
+        self.shares = model.x0_lambdas[:, None, None].to(dtype)
+
+    def __call__(self, ids: Tensor, cache: RowCache) -> Tensor:
+        """Logits float32 (B, vocab) of the rows of `cache`, fed ids (B,)."""
+        x, before = self.norm(self.model.wte(ids).to(self.model.dtype)), cache.previous_embedding
+        cos, sin = self.rotations[cache.positions].chunk(2, dim=-1)
+        now, cache.previous_embedding = Moment(ids, before, cos, sin), x
+        gate = torch.sigmoid(self.smear_gate(x.narrow(1, 0, SMEAR_CHANNELS)))
+        x = torch.addcmul(x, gate, before, value=self.smear)
+        shares, middle = (x * self.shares).unbind(), None
+        for i, place in enumerate(places(cache)):
+            x = torch.add(shares[i], x, alpha=self.resid[i])
+            x = self.blocks[i](x, now, place)
+            middle = x if i == len(self.blocks) // 2 else middle
+        cache.advance()
+        return next_logits(self.model, self.norm(x.sub(middle, alpha=self.backout)))
 
 # %% ../nbs/08_inference.ipynb #recorded-step
 class RecordedStep:
@@ -721,6 +889,8 @@ class RecordedStep:
 def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
     """Logits (n, vocab) after feeding each of the n rows its token, feed (n, 1)."""
     model, cache = engine.model, engine.cache
+    if engine._short:
+        return engine._short(feed[:, 0], cache)
     if not feed.is_cuda:
         cache.begin()
         return next_logits(model, model.hidden(feed, cache)[:, 0])

@@ -59,6 +59,25 @@ def test_greedy_equals_the_naive_loop_whatever_arrives_when(tok, changes):
     assert [got[i] for i in range(9)] == [naive(model, *job) for job in jobs]
 
 
+@pytest.mark.parametrize("changes", [{"look_back_layers": (0, 2)}, {"look_back_layers": (1,), "n_kv_head": 4, "window_pattern": "SL"},
+                                     {"dtype": torch.bfloat16, "rope_dtype": "float32", "look_back_layers": (1,)}])
+@torch.inference_mode()
+def test_the_short_step_equals_the_models_own(changes):
+    model, near = make_model(**changes).inference_copy(), 1e-4 if changes.get("dtype") is None else 0.1
+    for rows in ([[7] * 140], [[1, 2], [7] * 150, [5] * 127]):
+        caches = [inference.RowCache(model.config, 4, 300, model.device, model.dtype) for _ in "ab"]
+        for snapshot in inference.prefill(model, rows)[0]:
+            for cache in caches:
+                cache.enter(snapshot)
+        short = inference.ShortStep(model, 300)
+        for step in range(6):
+            ids = torch.tensor([13 * step + i for i in range(len(rows))])
+            caches[0].begin()
+            want = inference.next_logits(model, model.hidden(ids[:, None], caches[0])[:, 0])
+            assert (short(ids, caches[1]) - want).abs().max() < near < want.abs().max()
+        assert caches[0].ends == caches[1].ends
+
+
 def test_samples_do_not_depend_on_company(tok):
     model = make_model()
     prompts = [[i] * (3 * i + 1) for i in range(8)]
