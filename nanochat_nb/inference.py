@@ -480,6 +480,9 @@ class Engine:
                             f"and max_len={max_len} at least 2")
         self.source, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_len = max_len or model.config.sequence_len
+        if self.max_len > len(model.cos):
+            raise UserError(f"max_len={max_len} is more than the {len(model.cos)} positions "
+                            "that the model can tell apart")
         self.stops = frozenset(map(tokenizer.special, ("<|assistant_end|>", "<|bos|>")))
         self.int8, self.model, self._weights, self._short = int8, None, None, None
         # prompts read, wanted by others waiting
@@ -506,6 +509,8 @@ def refresh(self) -> None:
     if weights != self._weights:
         self._take_weights()
         self._weights, self._plan, self.prefixes = weights, None, {}
+        on_cpu = self.model.device.type == "cpu"
+        self._short = ShortStep(self.model, self.max_len) if on_cpu else None
         self.cache = RowCache(self.model.config, self.max_batch, self.max_len,
                               self.model.device, self.model.dtype)
 
