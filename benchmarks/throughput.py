@@ -1,10 +1,11 @@
 """Training speed beside nanochat's on this CPU: the same model, the same random tokens, turn by turn.
 
-    python benchmarks/throughput.py NANOCHAT [--rounds 3] [--layers 4 --width 256 --rows 32 --length 256 --vocabulary 4096]
+    python benchmarks/throughput.py NANOCHAT [--rounds 3] [--layers 4 --width 256 --rows 32 --length 256 --vocabulary 4096] [--at-once 16]
 
 NANOCHAT is a checkout of karpathy/nanochat at 92d63d4. Each round starts a fresh process for nanochat in float32 (its default on
 a CPU) and in bfloat16, compiled as its training script does, and for ours in both. A process takes two steps to warm up and
-then the median of twelve. Ratios are medians over rounds, against nanochat of the same round. Memory is the process's peak.
+then the median of twelve. Ratios are medians over rounds, against nanochat of the same round. Memory is the process's peak. With
+`--at-once` both take so many rows at a time and add the gradients up, as their training scripts do with that setting.
 """
 import argparse
 import json
@@ -20,14 +21,17 @@ HERE = Path(__file__).resolve().parent.parent
 STEPS = 12
 
 
-def one_step(net, model, optimizer):
+def one_step(net, model, optimizer, at_once):
     """A function that trains one step on idx and targets through `net`, which is `model` or its compiled form."""
     def step(idx, targets):
-        loss = net(idx, targets)
-        loss.backward()
+        total = 0.0
+        for few in zip(idx.split(at_once), targets.split(at_once)):
+            loss = net(*few) * (len(few[0]) / len(idx))
+            loss.backward()
+            total += loss.item()
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        return loss.item()
+        return total
 
     return step
 
@@ -45,7 +49,7 @@ def nanochat_step(args):
     model.init_weights()
     flops, compiled = model.estimate_flops(), torch.compile(model, dynamic=False)
     optimizer = model.setup_optimizer()
-    return one_step(compiled, model, optimizer), flops
+    return one_step(compiled, model, optimizer, args.at_once), flops
 
 
 def our_step(args):
@@ -59,7 +63,7 @@ def our_step(args):
                                   aspect_ratio=args.width // args.layers)
     model = GPT(config, dtype=rt.dtype).init_weights(0)
     optimizer = build_optimizer(model, rt=rt)
-    return one_step(model, model, optimizer), model.flops_per_token()
+    return one_step(model, model, optimizer, args.at_once), model.flops_per_token()
 
 
 def work(args) -> None:
@@ -80,7 +84,7 @@ def work(args) -> None:
 def measure(args, worker: str, dtype: str) -> dict:
     """What a fresh process of one side measures."""
     path = HERE if worker == "ours" else args.nanochat
-    sizes = [f"--{k}={getattr(args, k)}" for k in ("layers", "width", "rows", "length", "vocabulary")]
+    sizes = [f"--{k}={getattr(args, k)}" for k in ("layers", "width", "rows", "length", "vocabulary")] + [f"--at-once={args.at_once}"]
     out = subprocess.run([sys.executable, __file__, str(args.nanochat), f"--worker={worker}", f"--dtype={dtype}", *sizes], check=True,
                          env=os.environ | {"PYTHONPATH": str(path), "NANOCHAT_DTYPE": dtype}, capture_output=True, text=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
@@ -91,9 +95,11 @@ def main() -> None:
     parser.add_argument("nanochat", type=Path)
     for name, value in (("rounds", 3), ("layers", 4), ("width", 256), ("rows", 32), ("length", 256), ("vocabulary", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--at-once", type=int, default=0, help="rows at a time; 0: all")
     parser.add_argument("--worker", choices=["ours", "nanochat"])
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    args.at_once = args.at_once or args.rows
     if args.worker:
         return work(args)
     sides = [(worker, dtype) for dtype in ("float32", "bfloat16") for worker in ("nanochat", "ours")]

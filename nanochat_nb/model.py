@@ -22,9 +22,9 @@ __all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP'
            'from_depth', 'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8',
            'rope_table', 'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks',
            'attend_near', 'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU',
-           'MLP', 'Block', 'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading', 'last_valid',
-           'head_logits', 'softcap', 'HeadLoss', 'head_loss', 'GPT', 'init_parameters', 'parameter_counts',
-           'flops_per_token', 'store_in_compute_dtype', 'KVCache']
+           'WideSquare', 'MLP', 'Block', 'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading',
+           'last_valid', 'head_logits', 'softcap', 'HeadLoss', 'head_loss', 'GPT', 'init_parameters',
+           'parameter_counts', 'flops_per_token', 'store_in_compute_dtype', 'KVCache']
 
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class UnitNorm(torch.autograd.Function):
 
 def _one_over_size(x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    mean_square = length.square_().div_(x.size(-1))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)      # added up in float32, rounded
+    mean_square = length.to(wide).square().div_(x.size(-1))
     return mean_square.add_(torch.finfo(wide).eps).rsqrt_().to(x.dtype)
 
 
 def _across(grad: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    along = (grad * y).mean(-1, keepdim=True)
+    along = (grad * y).sum(-1, keepdim=True).div_(y.size(-1))       # quicker than a mean
     return torch.addcmul(grad, y, along, value=-1).mul_(r)
 
 
@@ -241,26 +241,30 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %% ../nbs/04_model.ipynb #place
 class TurnAndNorm(torch.autograd.Function):
-    """norm(apply_rope(x)) * scale, in few trips to memory."""
+    """norm(apply_rope(x)) * scale for x (B, T, H, D), in few trips to memory.
+
+    The result lies in memory by heads, as attention reads it, and is all that is kept.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-        y = _turn(x, cos, sin)
+        y = _turn(x, cos, sin, x.new_empty(x.transpose(1, 2).shape).transpose(1, 2))
         r = _one_over_size(y)
-        y.mul_(r)
+        y.mul_(r).mul_(scale)
         ctx.save_for_backward(y, r, cos, sin)
         ctx.scale = scale
-        return y * scale
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         y, r, cos, sin = ctx.saved_tensors
-        return _turn(_across(grad, y, r * ctx.scale), cos, -sin), None, None, None
+        along = (grad * y).sum(-1, keepdim=True).div_(y.size(-1) * ctx.scale**2)    # y is long
+        across = torch.addcmul(grad, y, along, value=-1).mul_(r * ctx.scale)
+        return _turn(across, cos, -sin, across.new_empty(across.shape)), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> Tensor:
     (a, b), (first, second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin)
     torch.mul(b, cos, out=second).addcmul_(a, sin, value=-1)
@@ -341,36 +345,35 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        ctx.rows, ctx.scale = len(q), q.size(-1) ** -0.5
-        q, k, v = _per_head(q) * ctx.scale, _per_head(k), _per_head(v)
-        ctx.blocks, shares, out = key_blocks(q.size(1), window), [], []
+        ctx.scale, y = q.size(-1) ** -0.5, torch.empty(q.shape, dtype=q.dtype)
+        rows, (q, k, v) = len(q), map(_per_head, (q, k, v))
+        ctx.blocks, shares = key_blocks(q.size(1), window), []
         for here, seen in ctx.blocks:
             hide = _hide(here.stop - here.start, seen.stop - seen.start, window, q.dtype)
-            scores = torch.bmm(q[:, here], k[:, seen].mT).add_(hide)
+            scores = torch.baddbmm(hide, q[:, here], k[:, seen].mT, alpha=ctx.scale)
             shares.append(scores.softmax(-1))
-            out.append(torch.bmm(shares[-1], v[:, seen]))
-        y = torch.cat(out, dim=1)
+            y[:, here] = _per_row(torch.bmm(shares[-1], v[:, seen]), rows)
         ctx.save_for_backward(q, k, v, y, *shares)
-        return _per_row(y, ctx.rows)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, y, *shares = ctx.saved_tensors
-        grad = _per_head(grad)
-        mean = (grad * y).sum(-1, keepdim=True)
-        of_q, of_k, of_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        rows, mean = len(y), _per_head((grad * y).sum(-1, keepdim=True))
+        grad, of_q = _per_head(grad), torch.empty_like(q)
+        of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
         for (here, seen), p in zip(ctx.blocks, shares):
             of_v[:, seen] += torch.bmm(p.mT, grad[:, here])
             slope = torch.bmm(grad[:, here], v[:, seen].mT).sub_(mean[:, here]).mul_(p)
-            of_q.append(torch.bmm(slope, k[:, seen]))
+            of_q[:, here] = torch.bmm(slope, k[:, seen])
             of_k[:, seen] += torch.bmm(slope.mT, q[:, here])
-        of_q = torch.cat(of_q, dim=1).mul_(ctx.scale)
-        return *(_per_row(t, ctx.rows) for t in (of_q, of_k, of_v)), None
+        of_q, of_k = of_q.mul_(ctx.scale), of_k.mul_(ctx.scale)
+        return *(_per_row(t, rows) for t in (of_q, of_k, of_v)), None
 
 
 def _per_head(x: Tensor) -> Tensor:
-    """(B, T, H, D) -> (B·H, T, D)."""
+    """(B, T, H, D) -> (B·H, T, D); nothing moves if x lies by heads already."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -471,6 +474,26 @@ class SquaredReLU(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
+class WideSquare(torch.autograd.Function):
+    """relu(x @ up.T)² @ down.T. Keeps the positive part and squares it once more on the way back:
+    one trip over memory, for a quarter of what a layer would keep."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        wide = F.linear(x, up).relu_()
+        ctx.save_for_backward(x, wide, up, down)
+        return F.linear(wide * wide, down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, wide, up, down = (t.flatten(0, -2) for t in ctx.saved_tensors)
+        flat = grad.flatten(0, -2)
+        of_down = flat.mT @ (wide * wide)
+        of_wide = ((2 * flat) @ down).mul_(wide)
+        return (of_wide @ up).view(*grad.shape[:-1], -1), of_wide.mT @ x, of_down
+
+
 class MLP(nn.Module):
     """Widen four times, keep the positive part squared, narrow again.
 
@@ -483,6 +506,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and torch.is_grad_enabled():
+            return WideSquare.apply(x, *(m.weight.to(x.dtype) for m in (self.up, self.down)))
         return self.down(SquaredReLU.apply(self.up(x)))
 
 # %% ../nbs/04_model.ipynb #block
@@ -614,19 +639,23 @@ def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
 
     With scale (R,) also the gradients of (losses * scale).sum() with respect to x and weight.
     """
-    z = F.linear(x, weight)
-    t = z.to(torch.promote_types(z.dtype, torch.float32)).div_(SOFTCAP).tanh_()
-    e = t.mul(SOFTCAP).exp_()                      # logits are at most 15: no maximum to subtract
-    total = e.sum(-1)
-    keep = targets >= 0
-    column = targets.clamp(min=0)[:, None]
-    losses = (total.log() - SOFTCAP * t.gather(1, column).squeeze(1)) * keep
+    z = F.linear(x, weight)                        # in the end its own gradient
+    wide, keep = torch.promote_types(z.dtype, torch.float32), targets >= 0
+    column, losses = targets.clamp(min=0)[:, None], []
+    few = max(1, 2**18 // len(weight))             # rows whose wide copies stay in a core's cache
+    for part, right in zip(z.split(few), column.split(few)):
+        t = part.to(wide).div_(SOFTCAP).tanh_()
+        p = t.mul(SOFTCAP).softmax(-1)   # of logits in [-15, 15]: no p is too small to be a number
+        losses.append(p.gather(1, right).log_().neg_())
+        if scale is not None:
+            p.scatter_add_(1, right, p.new_full((), -1.0).expand(right.shape))   # minus one-hot
+            part.copy_(p.addcmul_(p, t.square_(), value=-1))     # times tanh's slope
+    losses = torch.cat(losses).squeeze(1) * keep
     if scale is None:
         return losses, None, None
     scale = (scale * keep)[:, None]
-    e.mul_(scale / total[:, None]).scatter_add_(1, column, -scale)   # softmax minus one-hot
-    g = e.addcmul_(e, t.square_(), value=-1).to(x.dtype)             # times tanh's slope
-    return losses, g @ weight, g.mT @ x
+    return losses, (z @ weight * scale).to(x.dtype), z.mT @ (x * scale).to(x.dtype)
+
 
 # %% ../nbs/04_model.ipynb #chunk-loss-fused
 def _chunk_loss_fused(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):

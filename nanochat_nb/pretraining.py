@@ -711,10 +711,12 @@ def kept_bytes(config: GPTConfig, *, rows: int, dtype: torch.dtype = torch.bfloa
     ends = 4 + (layers <= 2)               # embedding, its shift, last norm, loss; the middle layer
     blocks = sum(weight.numel() for name, weight in model.named_parameters()
                  if name.startswith("blocks."))
+    as_read = kv_width if width > kv_width else 0      # a CPU's keys, before each head has its own
+    attention, wide = (6 * width + kv_width, 8) if gpu else (4 * width + as_read, 4)
     kept = {"stream and norms": tokens * (layers * (3 * width + 2) + ends * width + 5),
-            "attention": tokens * layers * (6 * width + kv_width + heads),
+            "attention": tokens * layers * (attention + heads),
             "value embeddings": tokens * gated * (kv_width + 2 * config.n_kv_head),
-            "MLP": tokens * layers * 8 * width,
+            "MLP": tokens * layers * wide * width,
             "weights in bfloat16": blocks if item < 4 else 0}
     kept = {name: item * numbers for name, numbers in kept.items()}
     kept["stream and norms"] += 8 * tokens                                     # the ids themselves
@@ -741,8 +743,9 @@ def memory_plan(config: GPTConfig, *, rows: int, world_size: int = 1,
     """
     vocab = config.vocab_size
     slice_rows = min(rows * config.sequence_len, max(1, 2**(28 if gpu else 22) // vocab))
-    # a CPU also holds wide copies of the logits: tanh, its exponential, a square
-    logits = slice_rows * vocab * (2 * dtype.itemsize + (0 if gpu else 12))
+    # a CPU writes the gradient over the logits, and holds three wide copies of a few rows
+    logits = (slice_rows * vocab * 2 * dtype.itemsize if gpu else
+              slice_rows * vocab * dtype.itemsize + 3 * 4 * 2**18)
     kept = kept_bytes(config, rows=rows, dtype=dtype, gpu=gpu)
     return (standing_bytes(config, world_size=world_size) | kept
             | {"loss": logits + 4 * vocab * config.n_embd})

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from nanochat_nb import runtime
 from nanochat_nb.checkpoint import load_checkpoint, save_checkpoint
 from nanochat_nb.model import GPT, GPTConfig
-from nanochat_nb.optimizer import build_optimizer
+from nanochat_nb.optimizer import MuonAdamW, build_optimizer
 from nanochat_nb.runtime import (UserError, compute_dtype, detect_device, generator, join_ranks, start_runtime,
                                  stop_runtime)
 
@@ -61,13 +61,17 @@ def fill_disk(folder: str, model: GPT, rt) -> None:
         save_checkpoint(folder, 99, model=model, rt=rt)
 
 
+def spawn(work, world_size: int, *arguments) -> None:
+    """`work(rank, world_size, port, *arguments)` in a process for each rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (world_size, port, *arguments), nprocs=world_size)
+
+
 def run(world_size: int, folder, first: int = 0) -> None:
     if world_size > 1:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.spawn(train, (world_size, port, str(folder), first), nprocs=world_size)
-        return
+        return spawn(train, world_size, str(folder), first)
     before = dict(os.environ)
     try:
         train(0, 1, 0, str(folder), first)
@@ -108,6 +112,55 @@ def test_resume_is_bit_for_bit(one, tmp_path):
     again = load_checkpoint(tmp_path)
     assert again.meta["losses"] == one.meta["losses"]
     assert all(torch.equal(value, again.model_state[name]) for name, value in one.model_state.items())
+
+
+# numbers of elements and of matrices that neither 2 nor 4 divides, and fewer than there are ranks
+ODD = {"adamw": [[(7,)], [(5, 3)], [(1,)], [(65, 4)]], "muon": [[(6, 4)] * 3, [(4, 6)], [(4, 4)] * 5]}
+
+
+def odd_optimizer(rt=None) -> MuonAdamW:
+    """Parameters of odd sizes in float64, drawn from a seed."""
+    rng, groups = generator(0, "odd"), []
+    for kind, numbers in (("adamw", dict(lr=0.1, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1)),
+                          ("muon", dict(lr=0.1, momentum=0.9, beta2=0.9, ns_steps=5, weight_decay=0.1))):
+        for shapes in ODD[kind]:
+            params = [torch.randn(shape, generator=rng).double().requires_grad_() for shape in shapes]
+            groups.append({"kind": kind, "params": params, **numbers})
+    return MuonAdamW(groups, rt, dtype=torch.float64)
+
+
+def odd_steps(optimizer: MuonAdamW, ranks: list[int], steps: int = 4) -> dict:
+    """Steps with the mean of the gradients that each of `ranks` has; all parameters and the whole state afterwards."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(steps):
+        for i, p in enumerate(params):
+            own = [torch.randn(p.shape, generator=generator("odd", step, rank, i)).double() for rank in ranks]
+            p.grad = sum(own) / len(own)
+        params[1].grad = None if step == 2 else params[1].grad              # counts as zero
+        optimizer.step()
+    return {"params": torch.cat([p.detach().flatten() for p in params]), "state": optimizer.full_state()}
+
+
+def odd_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    rt = start_runtime("cpu", "float32")
+    torch.save(odd_steps(odd_optimizer(rt), [rank]), f"{folder}/{rank}.pt")
+    stop_runtime()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_divided_optimizer_is_the_whole_one(tmp_path, world_size):
+    """Given gradients in float64: the same parameters on every rank, and together the state of one process that got their mean."""
+    spawn(odd_rank, world_size, str(tmp_path))
+    want = odd_steps(odd_optimizer(), list(range(world_size)))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    assert all(torch.equal(rank["params"], found[0]["params"]) and (rank["state"] == {}) == (i > 0) for i, rank in enumerate(found))
+    assert torch.allclose(found[0]["params"], want["params"], rtol=1e-10, atol=1e-12)
+    assert found[0]["state"].keys() == want["state"].keys()
+    for name, value in want["state"].items():
+        assert torch.allclose(found[0]["state"][name], value, rtol=1e-10, atol=1e-12), name
 
 
 def two_gpus(monkeypatch) -> None:

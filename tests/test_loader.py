@@ -82,11 +82,22 @@ def test_batches_are_text(shards):
         assert all(part in joined for part in TOK.decode(row).split("<|bos|>"))
 
 
-def test_epochs_are_shuffled_and_seeds_differ(shards):
+def order(shards, *, seed, epoch):
+    """The documents of an epoch in the order in which its windows take them up, before rows are packed."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "cut_long", lambda documents, *rest: seen.extend(documents) or [])
+        for w, group in enumerate(loader._windows(shards, seed, epoch)):
+            plan_window(shards, group, [], room=T + 1, key=(seed, "window", epoch, w))
+    return seen
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(shards):
     if shards.num_documents == 1:
         pytest.skip("one document has one order")
-    a, b = sequence(shards, 1)[0], next(pretraining_batches(shards, rows=ROWS, sequence_len=T, seed=4))[0]
-    assert not torch.equal(a[:, :T], b)
+    orders = [order(shards, seed=seed, epoch=epoch) for seed, epoch in ((3, 0), (3, 1), (3, 2), (4, 0))]
+    assert all(sorted(found) == list(range(shards.num_documents)) for found in orders)
+    assert len(set(map(tuple, orders))) == 4 and orders[0] != sorted(orders[0])
 
 
 def test_resume_plans_one_window_only(shards, monkeypatch):
