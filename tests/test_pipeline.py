@@ -152,21 +152,38 @@ def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
         assert expected[name] == got[name], f"{name} differs from the uninterrupted run's"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stage, moment", [("base", "in a save"), ("sft", "in a step"), ("rl", "while starting")])
-def test_killed_at_a_random_moment(finished, tmp_path, monkeypatch, stage, moment):
-    """The short form of benchmarks/kills.py: a process of each stage is killed, the same command follows."""
+@pytest.fixture
+def kills(monkeypatch):
+    """benchmarks/kills.py, for the miniature run as the tests start it."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import kills
     from nanochat_nb.launch import load_preset
     values = {name: {"eval_every": 1, **p} for name, p in load_preset(MINIATURE).items() if name in kills.SETTINGS}
     monkeypatch.setattr(kills, "SETTINGS", values)
     monkeypatch.setattr(kills, "command", lambda run, name, processes: command(
-        str(MINIATURE), "--run", str(run), "--until", name))
+        str(MINIATURE), "--run", str(run), "--until", name, *(("--processes", str(processes)) if processes > 1 else ())))
+    return kills
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stage, moment", [("base", "in a save"), ("sft", "in a step"), ("rl", "while starting")])
+def test_killed_at_a_random_moment(finished, tmp_path, kills, stage, moment):
+    """The short form of benchmarks/kills.py: a process of each stage is killed, the same command follows."""
     tally = collections.Counter()
     kills.trial(finished, tmp_path / "killed", stage, 1, [(moment, "the process that trains")],
                 random.Random(f"{stage} 0"), tally, [])
     assert [key[1:] for key in tally] == [("the process that trains", stage)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_and_torchrun_are_killed(tmp_path, kills):
+    """The same of two processes: one of them is killed, then torchrun itself; the third attempt ends as a run that nobody killed."""
+    whole, tally = tmp_path / "whole", collections.Counter()
+    done = run_all(MINIATURE, "--run", whole, "--until", "base", "--processes", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    kills.trial(whole, tmp_path / "killed", "base", 2, [("in a step", "one rank of two"), ("as a step ends", "torchrun")],
+                random.Random(0), tally, [])
+    assert sorted(key[1] for key in tally) == ["one rank of two", "torchrun"]
 
 
 def test_another_parameter_runs_that_stage_and_those_after_it(finished, tmp_path):
