@@ -345,7 +345,8 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        ctx.scale, y = q.size(-1) ** -0.5, torch.empty(q.shape, dtype=q.dtype)
+        ctx.scale = q.size(-1) ** -0.5
+        y = torch.empty(*q.shape[:-1], v.size(-1), dtype=q.dtype)
         rows, (q, k, v) = len(q), map(_per_head, (q, k, v))
         ctx.blocks, shares = key_blocks(q.size(1), window), []
         for here, seen in ctx.blocks:
