@@ -963,7 +963,7 @@ def cost_section(overrides: dict[str, dict], hardware) -> list[tuple]:
     if hardware.is_gpu and rate:
         spent = hardware.count * sum(seconds.values()) / 3600
         price = PRICES.get(hardware.name)
-        dollars = (f"about ${spent * price:,.0f} at ${price:.2f} each (nanochat's README)" if price
+        dollars = (f"about ${spent * price:,.0f} at ${price:.2f} each, if rented at that" if price
                    else "no price known here")
         out.append(("GPU-hours", f"{spent:.1f}", dollars))
     return out

@@ -113,7 +113,7 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
         steps * batch, token_ratio * parameters)
     return Plan(steps=steps, batch_tokens=batch, tokens=steps * batch, parameters=parameters,
                 lr_scale=lr_scale * scale, weight_decay=decay,
-                warmup_steps=min(warmup_steps, max(1, steps // 10)))
+                warmup_steps=min(warmup_steps, max(steps // 10, 10), max(1, steps // 3)))
 
 # %% ../nbs/11_pretraining.ipynb #at-depth
 def _at_depth(config: GPTConfig, depth: int) -> GPTConfig:
@@ -757,7 +757,9 @@ GPU_GIB = {"B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "
 MEASURED_MFU = {12: 0.435, 20: 0.488}        # by depth: one H200, bf16 (benchmarks/RESULTS.md)
 # reached on each of two cores by the laptop preset (there): with AMX; with bf16 alone; with neither
 CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 87e9, "CPU-FP32": 37e9}
-PRICES = {"H100": 3.0}                       # dollars per GPU-hour: nanochat's README
+# US dollars per GPU-hour: the H100 as in nanochat's README, the others of the same order
+PRICES = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "RTX 5090": 0.6, "RTX 4090": 0.4,
+          "RTX 3090": 0.25, "L4": 0.5, "T4": 0.3}
 
 
 @dataclass(frozen=True)
@@ -841,7 +843,7 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
          "∝ √batch (nanochat); short runs more, ∝ tokens^-0.32 (arXiv 2409.19913), up to × 1"),
         ("weight decay", f"{plan.weight_decay:.4f}",
          "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
-        ("warmup, steps", f"{plan.warmup_steps}", "40, at most a tenth of the run (nanochat)"),
+        ("warmup, steps", f"{plan.warmup_steps}", "40 (nanochat); fewer in a short run"),
     ]
 
 # %% ../nbs/11_pretraining.ipynb #power-law

@@ -20,22 +20,23 @@ import torch
 
 import nanochat_nb
 from .evaluation import CHATCORE, center
+from .pretraining import PRICES
 from .runtime import (MetricsLog, Runtime, UserError, run_command, run_folder,
                                  start_runtime, write_atomic, write_json)
 from .tasks import EMBEDDED, REAL
 
 # %% auto #0
-__all__ = ['STAGES', 'COSTS', 'GPU_RATES', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2',
-           'NANOCHAT_SOURCE', 'NANOCHAT', 'TITLES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM',
-           'TOP', 'LEGEND', 'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names',
-           'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline',
-           'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows',
-           'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
-           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks',
-           'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar',
-           'last_score', 'one_task', 'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy',
-           'cards', 'core_section', 'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine',
-           'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
+__all__ = ['STAGES', 'COSTS', 'WATTS', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2', 'NANOCHAT_SOURCE',
+           'NANOCHAT', 'TITLES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP', 'LEGEND',
+           'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names', 'this_machine',
+           'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline', 'number', 'duration',
+           'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table',
+           'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
+           'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend',
+           'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
+           'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
+           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
+           'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -161,20 +162,18 @@ def preset_name(folder: Path) -> str:
         "#") else folder.name
 
 # %% ../nbs/14_report.ipynb #cost
-GPU_RATES = {
-    "H200": (700, 3.5), "H100": (700, 3.0), "A100": (400, 1.8), "RTX 5090": (575, 0.6),
-    "RTX 4090": (450, 0.4), "RTX 3090": (350, 0.25), "L4": (72, 0.5), "T4": (70, 0.3)
-}  # watts, US dollars per hour
-OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)
+WATTS = {"H200": 700, "H100": 700, "A100": 400, "RTX 5090": 575, "RTX 4090": 450,
+         "RTX 3090": 350, "L4": 72, "T4": 70}            # data sheets
+OTHER_GPU, CPU_CORE = (300, 1.0), (10, 0.04)             # watts, US dollars per hour
 
 
 def cost(environment: dict, seconds: float) -> dict:
     """Seconds, energy in kWh and rent in US dollars of `seconds` on this machine,
     and the rates assumed."""
     if environment["gpus"]:
-        name = next((k for k in GPU_RATES if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
-        count, (watts, dollars), unit = (len(environment["gpus"]), GPU_RATES.get(name, OTHER_GPU),
-                                         name or "GPU")
+        name = next((k for k in WATTS if re.search(rf"\b{k}\b", environment["gpus"][0])), None)
+        count, unit = len(environment["gpus"]), name or "GPU"
+        watts, dollars = (WATTS[name], PRICES[name]) if name else OTHER_GPU
     else:
         count, (watts, dollars), unit = environment["cores"], CPU_CORE, "CPU core"
     hours = seconds / 3600

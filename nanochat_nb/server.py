@@ -558,6 +558,7 @@ class Job:
     worker: EngineWorker
     prompts: list[list[int]]
     options: dict
+    choices: int = 1                 # answers to each prompt, which stands there as often
     dropped_turns: int = 0
     echo: int | None = None          # give the prompt back, from its token number `echo` on
     first_token: float | None = None     # when it came, as `time.perf_counter` tells
@@ -570,6 +571,10 @@ class Job:
     @property
     def stop(self) -> tuple[str, ...]:
         return self.options.get("stop", ())
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts[::self.choices]))    # counted once, as OpenAI does
 
     @property
     def completion_tokens(self) -> int:
@@ -621,11 +626,10 @@ def sse(value: dict | str) -> str:
     return f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def usage(job: Job, choices: int) -> dict[str, int]:
-    """Tokens in and out; a prompt asked for n answers counts once, as in OpenAI's API."""
-    prompt = sum(len(p) for p in job.prompts[::choices])
-    return {"prompt_tokens": prompt, "completion_tokens": job.completion_tokens,
-            "total_tokens": prompt + job.completion_tokens}
+def usage(job: Job) -> dict[str, int]:
+    """Tokens in and out, as OpenAI's API counts them."""
+    return {"prompt_tokens": job.prompt_tokens, "completion_tokens": job.completion_tokens,
+            "total_tokens": job.prompt_tokens + job.completion_tokens}
 
 
 def prose(pieces: list[tuple[str, str]]) -> str:
@@ -743,7 +747,7 @@ def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob
             "top_logprobs": likeliest, "text_offset": [0, *accumulate(sizes)][:-1]}
 
 # %% ../nbs/16_server.ipynb #stream-answer
-async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> AsyncIterator[str]:
+async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
     """A request's server-sent events."""
     if shape.chat:
         for index in range(len(job.prompts)):
@@ -760,11 +764,11 @@ async def stream_answer(job: Job, shape: Shape, n: int, include_usage: bool) -> 
         yield sse(error.response.body.decode())
         return
     if include_usage:
-        yield sse(shape.envelope([], chunk=True) | {"usage": usage(job, n)})
+        yield sse(shape.envelope([], chunk=True) | {"usage": usage(job)})
     yield sse("[DONE]")
 
 # %% ../nbs/16_server.ipynb #whole-answer
-async def whole_answer(job: Job, shape: Shape, n: int, request: Request) -> Response:
+async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
     """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
     pieces, reasons = [[] for _ in job.prompts], [None] * len(job.prompts)
     async with contextlib.aclosing(run_job(job)) as events:
@@ -776,7 +780,7 @@ async def whole_answer(job: Job, shape: Shape, n: int, request: Request) -> Resp
     choices = [shape.choice(i, merge_pieces(p), r, await logprobs_of(job, i, shape.chat))
                for i, (p, r) in enumerate(zip(pieces, reasons))]
     note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
-    return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job, n)} | note)
+    return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job)} | note)
 
 # %% ../nbs/16_server.ipynb #chat-job
 def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
@@ -792,7 +796,8 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {
         "tools": True, "logprobs": body.top}
-    return Job(worker, [ids] * (body.n or 1), options, dropped)
+    n = body.n or 1
+    return Job(worker, [ids] * n, options, choices=n, dropped_turns=dropped)
 
 # %% ../nbs/16_server.ipynb #completion-job
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
@@ -807,7 +812,8 @@ def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits
     room = worker.engine.max_len - max(map(len, rows))
     options = sampling_options(body, wanted, room) | {"tools": False, "logprobs": body.top}
     ours = isinstance(many[0], str)                          # the <|bos|> is: not given back
-    return Job(worker, [row for row in rows for _ in range(body.n or 1)], options,
+    n = body.n or 1
+    return Job(worker, [row for row in rows for _ in range(n)], options, choices=n,
                echo=int(ours) if body.echo else None)
 
 
@@ -904,11 +910,10 @@ def note_request(metrics: Metrics, path: str, state: dict, start: float, *, stat
     metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
     facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
     if job is not None:
-        prompt = sum(map(len, job.prompts))
-        metrics.add("nanochat_prompt_tokens_total", prompt, model=model)
+        metrics.add("nanochat_prompt_tokens_total", job.prompt_tokens, model=model)
         metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
         metrics.add_time("nanochat_request_seconds", seconds, model=model)
-        facts |= {"model": model, "prompt_tokens": prompt,
+        facts |= {"model": model, "prompt_tokens": job.prompt_tokens,
                   "completion_tokens": job.completion_tokens}
     if job is not None and job.first_token is not None:
         first = job.first_token - start
@@ -993,8 +998,8 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
                            headers={"Retry-After": "2"})
         if body.top is not None and not hasattr(worker.engine, "model"):
             raise ApiError(400, "logprobs are not available here", param="logprobs")
-        n, most = body.n or 1, limits.choices
-        job = prepare(worker, body, limits) if n <= most else None
+        most = limits.choices
+        job = prepare(worker, body, limits) if (body.n or 1) <= most else None
         if job is None or len(job.prompts) > most:
             raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
                            param="n")
@@ -1002,9 +1007,9 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
         request.state.job, request.state.model = job, name
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")
         if not body.stream:
-            return await whole_answer(job, shape, n, request)
+            return await whole_answer(job, shape, request)
         include = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(stream_answer(job, shape, n, include), held.pop_all())
+        return EventStream(stream_answer(job, shape, include), held.pop_all())
 
 # %% ../nbs/16_server.ipynb #add-routes
 def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
