@@ -8,11 +8,12 @@ nanochat trains by its own scripts (scripts.tok_train, scripts.base_train, bfloa
 documents, with all its learning rates multiplied by each of `--rates`; ours by `run_base` with nanochat's tokenizer. Both have
 4 layers of width 256, heads of 64, rows of 256 and 8,192 tokens a step; all else is as each chooses it. nanochat's checkpoint is
 then read by `import_nanochat`, and the same function reads the same held-out documents with both models, in float32, in chunks
-of 256 tokens. For equal minutes give each side (`--only`) as many steps as it takes in them. With one seed a row is one run.
+of 256 tokens, each after a <|bos|>; "first 256" counts the first of each document only. For equal minutes give each side (`--only`) as many steps as it takes in them. With one seed a row is one run.
 """
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from nanochat_nb.checkpoint import import_nanochat, load_model, read_nanochat_tokenizer
 from nanochat_nb.corpus import open_text
-from nanochat_nb.evaluation import held_out, measure_text
+from nanochat_nb.evaluation import bits_per_byte, document_rows, held_out, measure_text, padded
 from nanochat_nb.pretraining import run_base
 from nanochat_nb.runtime import start_runtime
 
@@ -47,6 +48,7 @@ def prepare(args) -> None:
     source = open_text(args.text)
     for name, split in (("shard_00000", "train"), ("shard_06542", "val")):         # the last one is for validation
         texts = [document.text for document in source.documents(split)]
+        random.Random(0).shuffle(texts)                       # nanochat reads a file in its order, book after book otherwise
         pq.write_table(pa.table({"text": texts}), data / f"{name}.parquet", row_group_size=1024)
         print(f"{split}: {len(texts):,} documents, {sum(map(len, texts)):,} characters", flush=True)
     (folder / "stand_in").mkdir()
@@ -91,6 +93,13 @@ def ours(args, steps: int, seed: int, rate: float) -> tuple:
     return model, tokenizer, time.monotonic() - begin
 
 
+def starts(model, tokenizer, texts: dict[str, list[str]]) -> float:
+    """Bits per byte of the first row of each document: the only place of a document that nanochat's rows begin with."""
+    rows = [document_rows(tokenizer, [text], model.config.sequence_len)[0] for group in texts.values() for text in group]
+    groups = (padded(rows[i:i + 32], -1) for i in range(0, len(rows), 32))
+    return bits_per_byte(model, ((ids[:, :-1].clamp(min=0), ids[:, 1:]) for ids in groups), tokenizer.token_bytes())
+
+
 def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
     """One run's row, from PLACE/results.jsonl when it has been made."""
     path, key = args.place / "results.jsonl", {"side": side, "steps": steps, "seed": seed, "rate": rate}
@@ -101,7 +110,7 @@ def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
     model, tokenizer, seconds = (ours if side == "ours" else theirs)(args, steps, seed, rate)
     texts = held_out(open_text(args.text), args.documents)
     found, _ = measure_text(model, tokenizer, texts, batch_tokens=8192, rt=rt)
-    row = key | {"bpb": found["document_bpb"], "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
+    row = key | {"bpb": found["document_bpb"], "start_bpb": starts(model, tokenizer, texts), "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
                  "flops": model.flops_per_token()}
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -130,11 +139,11 @@ def main() -> None:
         best = min(first, key=lambda rate: first[rate]["bpb"])
         rows = [first[best], *(measured(args, side, args.steps, seed, best) for seed in args.seeds[1:])]
         table += [(side, rate, [first[rate]]) for rate in rates if rate != best] + [(side, best, rows)]
-    print("\n| | rates | steps | runs | bits per byte | parameters | MFLOP/token | s |\n|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("\n| | rates | steps | runs | bits per byte | first 256 | parameters | MFLOP/token | s |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for side, rate, rows in table:
-        values = [row["bpb"] for row in rows]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"| {side} | {rate:g} × | {args.steps} | {len(rows)} | {statistics.mean(values):.4f}{spread} | {rows[0]['parameters']:,} | "
+        whole, first = (f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+                        for values in ([row[name] for row in rows] for name in ("bpb", "start_bpb")))
+        print(f"| {side} | {rate:g} × | {args.steps} | {len(rows)} | {whole} | {first} | {rows[0]['parameters']:,} | "
               f"{rows[0]['flops'] / 1e6:.1f} | {statistics.mean(row['seconds'] for row in rows):.0f} |")
 
 

@@ -1,7 +1,13 @@
 """Sliders in Jupyter: `live` draws what its dials say, keeps its place, and figures bring no box of their own."""
+import ast
+import json
+from pathlib import Path
+
 import pytest
 
 from nanochat_nb.runtime import live, plot_style
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "nbs").glob("[0-9][0-9]_*.ipynb"))
 
 
 @pytest.fixture
@@ -41,3 +47,41 @@ def test_figures_bring_no_box_of_their_own():
     """Jupyter draws a dark or a light box behind a figure that calls itself transparent."""
     backend = pytest.importorskip("matplotlib_inline.backend_inline")
     assert backend._fetch_figure_metadata(plot_style().figure()) is None
+
+
+def bound(cell: ast.Module) -> set[str]:
+    """The names that running a cell binds, without imports and what is local to a function."""
+    names, todo = set(), list(cell.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif not isinstance(node, (ast.Lambda, ast.comprehension)):
+            todo += ast.iter_child_nodes(node)
+    return names
+
+
+def read(function: ast.AST) -> set[str]:
+    """The names that a function reads from outside."""
+    nodes = list(ast.walk(function))
+    own = {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return {n.id for n in nodes if isinstance(n, ast.Name)} - own
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_later_cell_takes_a_name_from_a_live_picture(path):
+    """A slider can be moved after the whole notebook has run: what its picture reads must still be what it was."""
+    cells = [ast.parse("".join(c["source"])) for c in json.loads(path.read_text())["cells"]
+             if c["cell_type"] == "code" and not "".join(c["source"]).startswith("%")]
+    for number, cell in enumerate(cells):
+        functions = {n.name: n for earlier in cells[:number + 1] for n in earlier.body if isinstance(n, ast.FunctionDef)}
+        for call in (n for n in ast.walk(cell) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "live" and n.args):
+            draw, names = functions.get(getattr(call.args[0], "id", ""), call.args[0]), set()
+            todo = read(draw)
+            while new := todo - names:
+                names |= new
+                todo = set().union(*(read(functions[name]) for name in new if name in functions))
+            taken = names & set().union(*map(bound, cells[number + 1:])) - {"plt"}                 # which is bound to the same again
+            assert not taken, f"{path.name}: the picture of code cell {number}"
