@@ -1,6 +1,6 @@
 """Bits per byte beside nanochat's, on real text: the same tokenizer, the same tokens or the same minutes, the same exam.
 
-    python benchmarks/learning.py NANOCHAT PLACE --text FILE_OR_FOLDER... [--only ours nanochat] [--steps 600] [--seeds 1 2 3]
+    python benchmarks/learning.py NANOCHAT PLACE --text FILE_OR_FOLDER... [--only ours nanochat cropped] [--steps 600] [--seeds 1 2 3]
                                   [--rates 0.5 1 2] [--documents 200]
 
 NANOCHAT is a checkout of karpathy/nanochat at 92d63d4; what is made lies in PLACE, and what is already there is not made again.
@@ -8,7 +8,9 @@ nanochat trains by its own scripts (scripts.tok_train, scripts.base_train, bfloa
 documents, with all its learning rates multiplied by each of `--rates`; ours by `run_base` with nanochat's tokenizer. Both have
 4 layers of width 256, heads of 64, rows of 256 and 8,192 tokens a step; all else is as each chooses it. nanochat's checkpoint is
 then read by `import_nanochat`, and the same function reads the same held-out documents with both models, in float32, in chunks
-of 256 tokens, each after a <|bos|>; "first 256" counts the first of each document only. For equal minutes give each side (`--only`) as many steps as it takes in them. With one seed a row is one run.
+of 256 tokens, each after a <|bos|>; "first 256" counts the first chunk of each document only. "cropped" is our training on the
+rows of nanochat's loader, which drops the rest of a document where a row ends. For equal minutes give each side (`--only`) as
+many steps as it takes in them. With one seed a row is one run.
 """
 import argparse
 import json
@@ -22,10 +24,10 @@ from pathlib import Path
 
 import torch
 
+from nanochat_nb import pretraining
 from nanochat_nb.checkpoint import import_nanochat, load_model, read_nanochat_tokenizer
 from nanochat_nb.corpus import open_text
 from nanochat_nb.evaluation import bits_per_byte, document_rows, held_out, measure_text, padded
-from nanochat_nb.pretraining import run_base
 from nanochat_nb.runtime import start_runtime
 
 HERE = Path(__file__).resolve().parent.parent
@@ -80,17 +82,33 @@ def theirs(args, steps: int, seed: int, rate: float) -> tuple:
     return model, tokenizer, time.monotonic() - begin
 
 
-def ours(args, steps: int, seed: int, rate: float) -> tuple:
+def ours(args, steps: int, seed: int, rate: float, place: str = "ours") -> tuple:
     """(model, tokenizer, seconds) after our training."""
-    folder = args.place / f"ours_{steps}_{seed}_{rate}"
+    folder = args.place / f"{place}_{steps}_{seed}_{rate}"
     folder.mkdir(exist_ok=True)
     if not (folder / "tokenizer").exists():
         (folder / "tokenizer").symlink_to((args.place / "tokenizer").resolve())
     begin = time.monotonic()
-    run_base(run=str(folder), text=args.text, depth=4, head_dim=64, sequence_len=256, steps=steps, total_batch_tokens=8192,
+    pretraining.run_base(run=str(folder), text=args.text, depth=4, head_dim=64, sequence_len=256, steps=steps, total_batch_tokens=8192,
              micro_batch_rows=32, lr_scale=rate, eval_every=0, eval_batches=1, sample_every=0, dtype="bfloat16", device="cpu", seed=seed)
     model, tokenizer, _ = load_model(folder, stage="base", dtype=torch.float32)
     return model, tokenizer, time.monotonic() - begin
+
+
+def cropped(args, steps: int, seed: int, rate: float) -> tuple:
+    """(model, tokenizer, seconds) after our training on nanochat's rows."""
+    sys.path.insert(0, str(args.nanochat.resolve()))
+    from packing import nanochat_batches
+
+    def batches(shards, *, rows: int, sequence_len: int, seed: int, **rest):
+        for idx, targets, _ in nanochat_batches(shards, rows, sequence_len, seed=seed):
+            yield idx.clone(), targets.clone()                                         # the loader writes into them again
+
+    own, pretraining.pretraining_batches = pretraining.pretraining_batches, batches
+    try:
+        return ours(args, steps, seed, rate, place="cropped")
+    finally:
+        pretraining.pretraining_batches = own
 
 
 def starts(model, tokenizer, texts: dict[str, list[str]]) -> float:
@@ -100,6 +118,9 @@ def starts(model, tokenizer, texts: dict[str, list[str]]) -> float:
     return bits_per_byte(model, ((ids[:, :-1].clamp(min=0), ids[:, 1:]) for ids in groups), tokenizer.token_bytes())
 
 
+SIDES = {"ours": ours, "nanochat": theirs, "cropped": cropped}
+
+
 def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
     """One run's row, from PLACE/results.jsonl when it has been made."""
     path, key = args.place / "results.jsonl", {"side": side, "steps": steps, "seed": seed, "rate": rate}
@@ -107,7 +128,7 @@ def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
         if key.items() <= json.loads(line).items():
             return json.loads(line)
     rt = start_runtime("cpu", "float32")
-    model, tokenizer, seconds = (ours if side == "ours" else theirs)(args, steps, seed, rate)
+    model, tokenizer, seconds = SIDES[side](args, steps, seed, rate)
     texts = held_out(open_text(args.text), args.documents)
     found, _ = measure_text(model, tokenizer, texts, batch_tokens=8192, rt=rt)
     row = key | {"bpb": found["document_bpb"], "start_bpb": starts(model, tokenizer, texts), "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
@@ -123,7 +144,7 @@ def main() -> None:
     parser.add_argument("nanochat", type=Path)
     parser.add_argument("place", type=Path)
     parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--only", nargs="+", choices=["ours", "nanochat"], default=["ours", "nanochat"])
+    parser.add_argument("--only", nargs="+", choices=list(SIDES), default=["ours", "nanochat"])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])

@@ -27,27 +27,31 @@ class PeerTokenizer:
         return [self.shards.document(i).tolist() for i in batch]
 
 
-def cropped_by_nanochat(shards, sequence_len):
-    """Fraction of the tokens it took from its buffer that nanochat's loader threw away."""
+def nanochat_batches(shards, rows, sequence_len, seed=0, note=lambda tokens: None):
+    """The batches that nanochat's own loader makes of these documents, shuffled every epoch; `note` hears what it has read."""
     from nanochat import dataloader
-    read = 0
 
     def document_batches(split, resume, batch_size):
-        nonlocal read
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         while True:
             order = rng.permutation(shards.num_documents).tolist()
             for i in range(0, len(order), batch_size):
-                read += int(shards.lengths[order[i:i + batch_size]].sum())
+                note(int(shards.lengths[order[i:i + batch_size]].sum()))
                 yield order[i:i + batch_size], (0, 0, 1)
 
     dataloader._document_batches = document_batches
-    batches = dataloader.tokenizing_distributed_data_loader_with_state_bos_bestfit(
-        PeerTokenizer(shards), 1, sequence_len, "train", device="cpu")
+    return dataloader.tokenizing_distributed_data_loader_with_state_bos_bestfit(
+        PeerTokenizer(shards), rows, sequence_len, "train", device="cpu")
+
+
+def cropped_by_nanochat(shards, sequence_len):
+    """Fraction of the tokens it took from its buffer that nanochat's loader threw away."""
+    read = []
+    batches = nanochat_batches(shards, 1, sequence_len, note=read.append)
     rows = 2 * shards.num_tokens // (sequence_len + 1)
     for _ in range(rows):
         next(batches)
-    used = read - sum(map(len, batches.gi_frame.f_locals["doc_buffer"]))
+    used = sum(read) - sum(map(len, batches.gi_frame.f_locals["doc_buffer"]))
     return 1 - rows * (sequence_len + 1) / used
 
 
