@@ -1,9 +1,10 @@
 """Bits per byte beside nanochat's, on real text: the same tokenizer, the same tokens or the same minutes, the same exam.
 
     python benchmarks/learning.py NANOCHAT PLACE --text FILE_OR_FOLDER... [--only ours nanochat cropped] [--steps 600] [--seeds 1 2 3]
-                                  [--rates 0.5 1 2] [--documents 200]
+                                  [--rates 0.5 1 2] [--documents 500]
 
 NANOCHAT is a checkout of karpathy/nanochat at 92d63d4; what is made lies in PLACE, and what is already there is not made again.
+Documents are cut into pieces of about 3,000 characters, shuffled for nanochat, which reads a file in its order.
 nanochat trains by its own scripts (scripts.tok_train, scripts.base_train, bfloat16, compiled) on parquet files of the same
 documents, with all its learning rates multiplied by each of `--rates`; ours by `run_base` with nanochat's tokenizer. Both have
 4 layers of width 256, heads of 64, rows of 256 and 8,192 tokens a step; all else is as each chooses it. nanochat's checkpoint is
@@ -47,10 +48,15 @@ def prepare(args) -> None:
         return
     data = folder / "base_data_climbmix"
     data.mkdir(parents=True)
-    source = open_text(args.text)
+    whole = open_text(args.text)
+    with (args.place / "text.jsonl").open("w", encoding="utf-8") as file:                    # both read these
+        for split in ("train", "val"):
+            for document in whole.documents(split):
+                file.writelines(json.dumps({"text": piece}) + "\n" for piece in pieces(document.text))
+    source = open_text([str(args.place / "text.jsonl")])
     for name, split in (("shard_00000", "train"), ("shard_06542", "val")):         # the last one is for validation
         texts = [document.text for document in source.documents(split)]
-        random.Random(0).shuffle(texts)                       # nanochat reads a file in its order, book after book otherwise
+        random.Random(0).shuffle(texts)
         pq.write_table(pa.table({"text": texts}), data / f"{name}.parquet", row_group_size=1024)
         print(f"{split}: {len(texts):,} documents, {sum(map(len, texts)):,} characters", flush=True)
     (folder / "stand_in").mkdir()
@@ -58,6 +64,15 @@ def prepare(args) -> None:
     nanochat(args, "-m", "scripts.tok_train", f"--vocab-size={VOCABULARY}")
     tokenizer = read_nanochat_tokenizer(folder / "tokenizer")
     tokenizer.save(args.place / "tokenizer")
+
+
+def pieces(text: str, size: int = 3000) -> list[str]:
+    """A long document as documents of about `size` characters, cut at ends of lines or words."""
+    found = []
+    while len(text) > 1.5 * size:
+        cut = max(text.rfind("\n", size // 2, size), text.rfind(" ", size // 2, size)) + 1 or size
+        found, text = [*found, text[:cut]], text[cut:]
+    return [*found, text]
 
 
 def nanochat(args, *command: str) -> None:
@@ -89,7 +104,7 @@ def ours(args, steps: int, seed: int, rate: float, place: str = "ours") -> tuple
     if not (folder / "tokenizer").exists():
         (folder / "tokenizer").symlink_to((args.place / "tokenizer").resolve())
     begin = time.monotonic()
-    pretraining.run_base(run=str(folder), text=args.text, depth=4, head_dim=64, sequence_len=256, steps=steps, total_batch_tokens=8192,
+    pretraining.run_base(run=str(folder), text=[str(args.place.resolve() / "text.jsonl")], depth=4, head_dim=64, sequence_len=256, steps=steps, total_batch_tokens=8192,
              micro_batch_rows=32, lr_scale=rate, eval_every=0, eval_batches=1, sample_every=0, dtype="bfloat16", device="cpu", seed=seed)
     model, tokenizer, _ = load_model(folder, stage="base", dtype=torch.float32)
     return model, tokenizer, time.monotonic() - begin
@@ -129,7 +144,7 @@ def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
             return json.loads(line)
     rt = start_runtime("cpu", "float32")
     model, tokenizer, seconds = SIDES[side](args, steps, seed, rate)
-    texts = held_out(open_text(args.text), args.documents)
+    texts = held_out(open_text([str(args.place / "text.jsonl")]), args.documents)
     found, _ = measure_text(model, tokenizer, texts, batch_tokens=8192, rt=rt)
     row = key | {"bpb": found["document_bpb"], "start_bpb": starts(model, tokenizer, texts), "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
                  "flops": model.flops_per_token()}
@@ -148,7 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
-    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--documents", type=int, default=500)
     args = parser.parse_args()
     args.text = [str(Path(text).resolve()) for text in args.text]
     args.place.mkdir(parents=True, exist_ok=True)
