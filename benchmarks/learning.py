@@ -1,7 +1,7 @@
 """Bits per byte beside nanochat's, on real text: the same tokenizer, the same tokens or the same minutes, the same exam.
 
     python benchmarks/learning.py NANOCHAT PLACE --text FILE_OR_FOLDER... [--only ours nanochat cropped] [--steps 600] [--seeds 1 2 3]
-                                  [--rates 0.5 1 2] [--documents 500]
+                                  [--rates 4 8 16] [--documents 500]
 
 NANOCHAT is a checkout of karpathy/nanochat at 92d63d4; what is made lies in PLACE, and what is already there is not made again.
 Documents are cut into pieces of about 3,000 characters, shuffled for nanochat, which reads a file in its order.
@@ -27,7 +27,7 @@ import torch
 
 from nanochat_nb import pretraining
 from nanochat_nb.checkpoint import import_nanochat, load_model, read_nanochat_tokenizer
-from nanochat_nb.corpus import open_text
+from nanochat_nb.corpus import cut_text, open_text
 from nanochat_nb.evaluation import bits_per_byte, document_rows, held_out, measure_text, padded
 from nanochat_nb.runtime import start_runtime
 
@@ -52,7 +52,7 @@ def prepare(args) -> None:
     with (args.place / "text.jsonl").open("w", encoding="utf-8") as file:                    # both read these
         for split in ("train", "val"):
             for document in whole.documents(split):
-                file.writelines(json.dumps({"text": piece}) + "\n" for piece in pieces(document.text))
+                file.writelines(json.dumps({"text": piece}) + "\n" for piece in cut_text(document.text))
     source = open_text([str(args.place / "text.jsonl")])
     for name, split in (("shard_00000", "train"), ("shard_06542", "val")):         # the last one is for validation
         texts = [document.text for document in source.documents(split)]
@@ -64,15 +64,6 @@ def prepare(args) -> None:
     nanochat(args, "-m", "scripts.tok_train", f"--vocab-size={VOCABULARY}")
     tokenizer = read_nanochat_tokenizer(folder / "tokenizer")
     tokenizer.save(args.place / "tokenizer")
-
-
-def pieces(text: str, size: int = 3000) -> list[str]:
-    """A long document as documents of about `size` characters, cut at ends of lines or words."""
-    found = []
-    while len(text) > 1.5 * size:
-        cut = max(text.rfind("\n", size // 2, size), text.rfind(" ", size // 2, size)) + 1 or size
-        found, text = [*found, text[:cut]], text[cut:]
-    return [*found, text]
 
 
 def nanochat(args, *command: str) -> None:
@@ -104,8 +95,9 @@ def ours(args, steps: int, seed: int, rate: float, place: str = "ours") -> tuple
     if not (folder / "tokenizer").exists():
         (folder / "tokenizer").symlink_to((args.place / "tokenizer").resolve())
     begin = time.monotonic()
-    pretraining.run_base(run=str(folder), text=[str(args.place.resolve() / "text.jsonl")], depth=4, head_dim=64, sequence_len=256, steps=steps, total_batch_tokens=8192,
-             micro_batch_rows=32, lr_scale=rate, eval_every=0, eval_batches=1, sample_every=0, dtype="bfloat16", device="cpu", seed=seed)
+    pretraining.run_base(run=str(folder), text=[str(args.place.resolve() / "text.jsonl")], depth=4, head_dim=64, sequence_len=256,
+                         steps=steps, total_batch_tokens=8192, micro_batch_rows=32, lr_scale=rate, eval_every=0, eval_batches=1,
+                         sample_every=0, dtype="bfloat16", device="cpu", seed=seed)
     model, tokenizer, _ = load_model(folder, stage="base", dtype=torch.float32)
     return model, tokenizer, time.monotonic() - begin
 
@@ -146,8 +138,8 @@ def measured(args, side: str, steps: int, seed: int, rate: float) -> dict:
     model, tokenizer, seconds = SIDES[side](args, steps, seed, rate)
     texts = held_out(open_text([str(args.place / "text.jsonl")]), args.documents)
     found, _ = measure_text(model, tokenizer, texts, batch_tokens=8192, rt=rt)
-    row = key | {"bpb": found["document_bpb"], "start_bpb": starts(model, tokenizer, texts), "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
-                 "flops": model.flops_per_token()}
+    row = key | {"bpb": found["document_bpb"], "start_bpb": starts(model, tokenizer, texts), "seconds": seconds,
+                 "parameters": sum(p.numel() for p in model.parameters()), "flops": model.flops_per_token()}
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
@@ -162,7 +154,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SIDES), default=["ours", "nanochat"])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[4.0, 8.0, 16.0])
     parser.add_argument("--documents", type=int, default=500)
     args = parser.parse_args()
     args.text = [str(Path(text).resolve()) for text in args.text]

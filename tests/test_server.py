@@ -215,7 +215,7 @@ def test_metrics_and_log_count_and_never_quote(tok, engine, caplog):
     client = TestClient(app, raise_server_exceptions=False)
     ask = {"model": "good", "prompt": f"{SECRET} one", "max_tokens": 4, "stop": SECRET, "user": SECRET}
     used = [client.post("/v1/completions", json=ask).json()["usage"] for _ in range(2)]
-    client.post("/v1/completions", json=ask | {"stream": True})
+    client.post("/v1/completions", json=ask | {"stream": True, "n": 2})                     # whose prompt counts once
     for change in ({"model": SECRET}, {"model": "broken"}, {"max_tokens": SECRET}, {"prompt": []}, {"n": 99}):
         assert client.post(f"/v1/completions?q={SECRET}", json=ask | change).status_code >= 400
     client.get(f"/{SECRET}")
