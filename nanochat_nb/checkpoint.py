@@ -154,7 +154,7 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
                     shutil.rmtree(old, ignore_errors=True)
         except Exception as error:             # the other ranks wait for news, good or bad
             problem = error
-    said = rt.broadcast(problem and str(problem)) if rt else None
+    said = rt.broadcast(problem and (str(problem) or repr(problem))) if rt else None
     if problem:
         raise problem
     if said:
@@ -463,8 +463,8 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> Path:
     """
     from safetensors.torch import save
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: give the name of a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is a file, or not empty: give the name of a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"gpt.{name}": t.detach().cpu().contiguous()
                for name, t in model.state_dict().items()}

@@ -716,8 +716,8 @@ def _episode(world: World, rng: random.Random, plot: str, hero: Entity, companio
 
 # %% ../nbs/01_corpus.ipynb #story
 def story(world: World, rng: random.Random, split: str) -> str:
-    """A story of 60 to 250 words whose (plot, hero, companion) belongs to `split`; one in ten has
-    chapters."""
+    """A story of about 60 to 170 words whose (plot, hero, companion) belongs to `split`; one in ten
+    has two to five chapters, and only its first is dealt by `split`."""
     episodes, hero, companion = [], None, None
     for number in range(1 if rng.random() < 0.9 else pick(rng, (2, 3, 3, 5))):
         while True:
@@ -1925,17 +1925,18 @@ def check_conversation(conversation: dict) -> None:
     if len(turns_) < 2:
         raise UserError("a conversation needs a user turn and an assistant turn")
     for number, message in enumerate(messages, 1):
-        _check_content(number, message.get("content"))
+        kinds = _PARTS if message["role"] == "assistant" else _PARTS[:1]     # only it calls tools
+        _check_content(number, message.get("content"), kinds)
 
 
-def _check_content(number: int, content) -> None:
+def _check_content(number: int, content, kinds: Sequence[str]) -> None:
     if isinstance(content, list):
-        good = content and all(isinstance(p, dict) and p.get("type") in _PARTS
+        good = content and all(isinstance(p, dict) and p.get("type") in kinds
                                and isinstance(p.get("text"), str) for p in content)
         if not good:
             raise UserError(f"message {number}: a part has a string \"text\" and a \"type\" that "
                             f"is one of "
-                            + ", ".join(_PARTS))
+                            + ", ".join(kinds))
     elif not isinstance(content, str) or not content.strip():
         raise UserError(f"message {number}: content must be a string that is not empty, or a list "
                         f"of parts")

@@ -162,7 +162,8 @@ def run():
         return done
     except SystemExit as error:
         sys.stderr.write("SystemExit: the program left before its last line\n")
-        return error.code if isinstance(error.code, int) and error.code != done else 1
+        code = error.code & 255 if isinstance(error.code, int) else 1      # as the system cuts it
+        return code if code != done else 1
     except BaseException as error:
         import linecache, traceback
         linecache.cache["program.py"] = (len(source), None, source.splitlines(True), "program.py")

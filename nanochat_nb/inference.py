@@ -473,7 +473,7 @@ class Engine:
     With `int8` it generates with an `int8_copy`.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 64,
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 128,
                  max_len: int | None = None, int8: bool = False):
         if max_batch < 1 or (max_len is not None and max_len < 2):
             raise UserError(f"max_batch={max_batch} must be at least 1 "
@@ -1070,8 +1070,8 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *,
         ids = tokenizer.render_for_completion({"messages": system + turns[dropped:]})
         if len(ids) <= max_len:
             return ids, dropped
-    raise UserError(f"the last message has {len(ids)} tokens and there is room for {max_len}: "
-                    "shorten it")
+    what = "the system message and the last one have" if system else "the last message has"
+    raise UserError(f"{what} {len(ids)} tokens and there is room for {max_len}: shorten it")
 
 # %% ../nbs/08_inference.ipynb #to-int8
 def to_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -1173,7 +1173,8 @@ def _show(tokenizer: Tokenizer, tokens: Iterator[int]) -> list[int]:
         new_kind, text = stream.feed(token)
         if text:
             if new_kind != kind:
-                print("]" * (new_kind == "text"), "[" * (kind == "text"),
+                again = (kind, new_kind) == ("python_output", "python")   # a call after a call
+                print("]" * (new_kind == "text" or again), "[" * (kind == "text" or again),
                       " = " * (new_kind == "python_output"), sep="", end="")
             kind = new_kind
             print(text, end="", flush=True)

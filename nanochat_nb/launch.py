@@ -1235,6 +1235,7 @@ def print_plan(overrides: dict[str, dict], hardware: str | None, processes: int 
     processes = processes or (found.count if found.is_gpu else 1)
     check_names(overrides)
     check_sizes(overrides, processes)
+    check_files(overrides)
     print(plan_text(overrides, found, processes))
 
 # %% ../nbs/15_launch.ipynb #main

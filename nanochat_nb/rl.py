@@ -309,7 +309,7 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Token
             for r, a in zip(g, advantage) if a),
         sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
     weights = token_weights([g for g, _ in useful], p["normalize"], all_tokens=max(1.0, tokens),
-                            all_groups=p["prompts_per_step"], max_new_tokens=p["max_new_tokens"])
+                            all_groups=int(asked), max_new_tokens=p["max_new_tokens"])
     paid = [(r, a * w) for (g, advantage), ws in zip(useful, weights)
             for r, a, w in zip(g, advantage, ws) if a]
     loss, lr = 0.0, rl_multiplier(loop.step, loop.steps, p["lr_shape"])

@@ -232,6 +232,9 @@ def start_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
                             "say cuda")
         local = int(os.environ.get("LOCAL_RANK", 0))
         where = torch.device("cuda", local if where.index is None else where.index)
+        if where.index >= torch.cuda.device_count():
+            raise UserError(f"process {local} finds no GPU of its own: this machine has only "
+                            f"{torch.cuda.device_count()}; start fewer processes")
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")
     _compute_dtype = parse_dtype(dtype) if dtype else None
@@ -315,10 +318,10 @@ class MetricsLog:
         """All rows, oldest first. A last line cut by a kill is dropped."""
         rows = []
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").split("\n"):
+            for line in self.path.read_bytes().split(b"\n"):
                 try:
                     rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                except ValueError:            # cut, perhaps inside a character
                     break
         return rows
 

@@ -47,7 +47,7 @@ from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['log', 'StopString', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
+__all__ = ['log', 'StopString', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
            'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
            'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
            'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
@@ -457,12 +457,15 @@ def find_models(run: str | Path) -> dict[str, tuple[Path, str]]:
     return found
 
 # %% ../nbs/16_server.ipynb #model-bytes
+ROWS = 64                             # answers that one model writes at the same time
+
+
 def model_bytes(folder: Path, stage: str) -> int:
     """About what the newest model of a stage takes in memory while it answers, in bytes."""
     path = latest_checkpoint(folder / stage)
     config = GPTConfig(**json.loads((path / "meta.json").read_text(encoding="utf-8"))["config"])
     numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim     # of a token in the cache
-    cache = 4 * numbers * 64 * config.sequence_len
+    cache = 4 * numbers * ROWS * config.sequence_len
     return (path / "model.safetensors").stat().st_size * 3 // 2 + cache
 
 
@@ -965,7 +968,7 @@ def model_loaders(found: Mapping[str, tuple[Path, str]], device: str | None,
         def load() -> Engine:
             model, tokenizer, meta = load_model(folder, stage=stage,
                                                 device=detect_device(device), dtype=dtype)
-            return Engine(model, tokenizer)
+            return Engine(model, tokenizer, max_batch=ROWS)
         return load
     return {model: loader(*where) for model, where in found.items()}
 

@@ -282,7 +282,7 @@ def read_mmlu(folder: Path) -> list[dict]:
         subject = path.stem.rsplit("_", 1)[0]
         with open(path, encoding="utf-8", newline="") as f:
             for number, row in enumerate(csv.reader(f), 1):
-                if len(row) != 6 or row[5] not in "ABCD":
+                if len(row) != 6 or row[5] not in tuple("ABCD"):
                     raise UserError(f"{path}, row {number}: expected question, four choices and a "
                                     "letter A to D")
                 rows.append({"question": row[0], "choices": row[1:5],

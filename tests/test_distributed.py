@@ -182,6 +182,10 @@ def test_the_gpu_asked_for_is_the_gpu_used(monkeypatch):
     assert start_runtime(None, "float32").device == torch.device("cuda:1")
     with pytest.raises(UserError, match="every process needs its own"):
         start_runtime("cuda:1", "float32")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="has only 2"):
+        start_runtime(None, "float32")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     for name in ("cuda:2", "cuda:x", "cuda:", "gpu"):
         with pytest.raises(UserError):
             detect_device(name)

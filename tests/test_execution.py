@@ -156,6 +156,15 @@ def test_leaving_early_is_not_passing(box):
         assert not result.ok and result.error, leave
 
 
+def test_no_exit_status_passes_for_the_secret_one():
+    """The system keeps eight bits of a status, so -2 and 510 are 254, too."""
+    for program, passes in (("x = 1", True), ("import sys; sys.exit(254)", False), ("import sys; sys.exit(-2)", False),
+                            ("import sys; sys.exit(510)", False)):
+        limits = [str(n) for n in (1 << 32, 10, 64, 1 << 20, 0, 254)]        # memory, seconds, processes, file size, user, secret
+        found = subprocess.run([sys.executable, "-c", execution._GUARD, *limits], input=program.encode(), stderr=subprocess.DEVNULL)
+        assert (found.returncode == 254) == passes, program
+
+
 def test_import_tricks(box):
     program = ("import sys\nsys.modules['os'] = None\nsys.path[:] = []\n"
                "builtins = __import__('builtins')\nbuiltins.exec = None\nprint('still here')")

@@ -296,3 +296,11 @@ def _next(lines):
         return next(lines)
     except StopIteration:
         raise EOFError from None
+
+
+def test_tool_calls_that_follow_each_other_are_printed_apart(tok, capsys):
+    call = lambda sum_, result: [tok.special("<|python_start|>"), *tok.encode(sum_), tok.special("<|python_end|>"),
+                                 tok.special("<|output_start|>"), *tok.encode(result), tok.special("<|output_end|>")]
+    ids = call("1+1", "2") + call("2+2", "4") + tok.encode(" so four")
+    assert inference._show(tok, iter(ids)) == ids
+    assert capsys.readouterr().out.strip() == "[1+1 = 2][2+2 = 4] so four"
