@@ -27,12 +27,6 @@ def test_plan_of_the_speedrun_builds_nothing(elsewhere, capsys):
     main(["speedrun", "--plan", "--hardware", "8xH100", "--depth", "20"])
     text = capsys.readouterr().out
     assert list(elsewhere.iterdir()) == []
-
-
-def test_a_plan_looks_at_own_files_as_a_run_does(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"\0\1\2" * 100)
-    with pytest.raises(UserError, match="binary"):
-        main(["laptop", "--plan", "--text", str(tmp_path / "x.txt")])
     tables, matrices, gates, scalars = 12 * 32768 * 1280, 20 * 12 * 1280**2, 10 * 12 * 10, 24 + 2 + 2 * 20
     assert numbers(text, "total") == f"{tables + matrices + gates + scalars:,}"
     steps, tokens = (int(numbers(text, k).replace(",", "")) for k in ("steps", "tokens"))
@@ -100,3 +94,9 @@ def test_what_cannot_be_planned(elsewhere, arguments, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         main(["speedrun", *arguments])
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_plan_looks_at_own_files_as_a_run_does(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\0\1\2" * 100)
+    with pytest.raises(UserError, match="binary"):
+        main(["laptop", "--plan", "--text", str(tmp_path / "x.txt")])
