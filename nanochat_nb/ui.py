@@ -320,6 +320,8 @@ def launch(run: str, *, port: int = 8866, device: str | None = None) -> int:
         shutil.rmtree(logs)
         return 0
     except RuntimeError as error:
+        if not processes:
+            logs.rmdir()                            # nothing was started: nothing to read
         print(str(error) if str(error).startswith("error: ") else f"error: {error}",
               file=sys.stderr)
         return 1

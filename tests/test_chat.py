@@ -286,12 +286,14 @@ def test_two_tabs_share_their_conversations(page, page_address):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_a_port_in_use_is_the_reason_given(offset, root):
+def test_a_port_in_use_is_the_reason_given(offset, root, tmp_path, monkeypatch):
     port = free_port(2)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with socket.create_server(("127.0.0.1", port + offset)):
         done = start(root, port)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert f"error: cannot listen on 127.0.0.1:{port + offset} (" in done.stderr
+    assert list(tmp_path.glob("nanochat_nb-chat-*")) == []                 # no empty folder stays behind
 
 
 def test_no_port_for_the_model(root):
