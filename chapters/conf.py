@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+from docutils import nodes
 from sphinx.util.fileutil import copy_asset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def prepare_cell(cell: dict) -> dict | None:
         myst["image"] = {"alt": directives["fig-alt"]}
     if "fig-cap" in directives:
         myst["figure"] = {"caption": directives["fig-cap"]}
-    if is_prose("".join("".join(o.get("text", "")) for o in cell["outputs"])):
+    if is_prose("".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])):
         tags.append("wrap")                                  # see book.css
     if is_imports(cell["source"]):
         tags.append("hide-input")
@@ -83,8 +84,8 @@ def prepare_cell(cell: dict) -> dict | None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether what a cell printed has lines too long for the page, and no columns that wrapping would break."""
-    return any(len(line) > 110 for line in text.split("\n")) and not re.search(r"\S {3,}\S", text)
+    """Whether what a cell printed has no columns, which wrapping on a narrow page would break."""
+    return bool(text.strip()) and not re.search(r"\S {3,}\S", text)
 
 
 def is_imports(source: str) -> bool:
@@ -106,7 +107,7 @@ def convert_callouts(text: str) -> str:
     return CALLOUT.sub(admonition, text)
 
 
-BOX = re.compile(r"^(?=\*\*You'll )", re.M)
+BOX = re.compile(r"^(?=\*\*You['’](?:ll|ve) )", re.M)
 
 
 def prepare_notebook(text: str, number: str) -> str:
@@ -148,6 +149,16 @@ def read_source(app, docname: str, source: list[str]) -> None:
         source[0] += toctrees()
 
 
+def keep_together(app, doctree, docname: str) -> None:
+    """Short words of code stay on one line (see book.css), and so does a number with its error."""
+    for literal in doctree.findall(nodes.literal):
+        if max(map(len, literal.astext().split()), default=0) <= 24:
+            literal["classes"].append("short")
+    for text in list(doctree.findall(nodes.Text)):
+        if " ± " in text and not isinstance(text.parent, (nodes.literal, nodes.literal_block)):
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")))
+
+
 def ship_mathjax(app, exception) -> None:
     """Copy MathJax beside the pages, so that formulas show without a network."""
     if exception is None and app.builder.format == "html":
@@ -159,6 +170,7 @@ def ship_mathjax(app, exception) -> None:
 
 def setup(app):
     app.connect("source-read", read_source)
+    app.connect("doctree-resolved", keep_together)
     app.connect("build-finished", ship_mathjax)
 
 

@@ -124,6 +124,18 @@ def test_solutions_are_folded_and_exercises_are_not(book, root):
     assert shown >= 40
 
 
+def test_each_notebook_says_what_you_will_build(book, root):
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        page = (book / "nbs" / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert page.count("notebook-box") == (path.stem != "18_chat"), path.name
+
+
+def test_short_words_of_code_and_errors_stay_together(book):
+    page = (book / "nbs" / "10_evaluation.html").read_text(encoding="utf-8")
+    assert '<code class="short docutils literal notranslate"><span class="pre">laptop</span>' in page
+    assert not re.search(r"\d ± \d", re.sub(r"<pre>.*?</pre>|<code.*?</code>", "", page, flags=re.S))
+
+
 def test_callouts_survive(conf):
     text = '::: {.callout-tip title="Try it"}\nwords\n:::\n\n:::: {.callout-note}\nmore\n::::'
     assert conf.convert_callouts(text) == \
@@ -142,5 +154,7 @@ def test_cells_are_prepared(conf):
     assert "hide-input" not in conf.prepare_cell(cell("def f(): pass", ["exercise"]))["metadata"]["tags"]
     said = cell("print(story)") | {"outputs": [{"output_type": "stream", "text": ["short\n", "long " * 30]}]}
     assert "wrap" in conf.prepare_cell(said)["metadata"]["tags"]
+    said["outputs"][0]["text"] = ["a short line\n"]
+    assert "wrap" in conf.prepare_cell(said | {"metadata": {}})["metadata"]["tags"]
     assert "wrap" not in conf.prepare_cell(cell("x = 1"))["metadata"]["tags"]
     assert not conf.is_prose("task     score\n" + "long " * 30)

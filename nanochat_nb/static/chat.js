@@ -254,11 +254,12 @@ function render({ model, el }) {
   }
   el.append(root);
 
-  // -- light and dark: the visitor's choice, else the surrounding page's, else the system's
-  const system = matchMedia("(prefers-color-scheme: dark)");
+  // -- light and dark: the visitor's choice, else the surrounding page's (also around a frame), else the system's
+  const system = matchMedia("(prefers-color-scheme: dark)"), holder = window.frameElement;
+  const outside = holder ? holder.ownerDocument : page ? undefined : document;
   function theme() {
-    const around = page ? undefined
-      : { true: "light", false: "dark" }[document.body.dataset.jpThemeLight] ?? document.documentElement.dataset.theme;
+    const around = outside &&
+      ({ true: "light", false: "dark" }[outside.body.dataset.jpThemeLight] ?? outside.documentElement.dataset.theme);
     return store.settings.theme ?? (["light", "dark"].includes(around) ? around : system.matches ? "dark" : "light");
   }
   function showTheme() {
@@ -271,6 +272,7 @@ function render({ model, el }) {
     showTheme();
   }
   system.addEventListener("change", showTheme);
+  if (holder) new MutationObserver(showTheme).observe(outside.documentElement, { attributeFilter: ["data-theme"] });
 
   function toggleSide(open = !root.classList.contains("nc-side-open")) {
     root.classList.toggle("nc-side-open", open);
