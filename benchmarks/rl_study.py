@@ -34,7 +34,7 @@ RECIPES = {                                              # the first is the pres
     "Dr. GRPO: by a constant length": {"normalize": "constant"},
     "nanochat: mean per question": {"normalize": "group"},
     "RLOO: minus the others": {"advantage": "others"},
-    "RAFT: right answers only": {"advantage": "none"},
+    "MaxRL: right answers, one vote a group": {"advantage": "likelihood", "lr_fraction": 0.1},
     "DAPO: over the std, silent groups replaced": {"advantage": "std", "rounds": 3, "steps": 0.6},
     "silent groups replaced": {"rounds": 3, "steps": 0.6},
     "groups of 4": {"prompts_per_step": 32, "samples_per_prompt": 4},

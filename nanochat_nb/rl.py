@@ -67,20 +67,22 @@ def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode([i for i in ids if i != end])
 
 # %% ../nbs/13_rl.ipynb #advantages-2
-ADVANTAGES = ("mean", "std", "others", "none")
+ADVANTAGES = ("mean", "std", "others", "likelihood")
 
 
 def advantages(rewards: Sequence[float], kind: str = "mean") -> list[float]:
-    """How much better than its group each answer was.
+    """How much better than its group each answer was; 0 where all did equally well.
 
     "mean": r − mean (nanochat, Dr. GRPO). "std": (r − mean) / std (GRPO, arXiv 2402.03300).
     "others": r − mean of the others (RLOO, arXiv 2402.14740), which is n/(n−1) times "mean".
-    "none": r itself; with rewards of 0 and 1 this is fine-tuning on one's own right answers
-    (RAFT, arXiv 2304.06767).
+    "likelihood": r / Σr, the right answers alone (MaxRL, arXiv 2602.02710, without its baseline);
+    for rewards that are not negative.
     """
-    if kind == "none":
-        return list(rewards)
     n, mean = len(rewards), sum(rewards) / len(rewards)
+    if max(rewards) == min(rewards):
+        return [0.0] * n
+    if kind == "likelihood":
+        return [r / (n * mean) for r in rewards]
     centered = [r - mean for r in rewards]
     if kind == "std":
         std = math.sqrt(sum(c * c for c in centered) / n)
