@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -42,9 +43,9 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CPU_TOKENS', 'CHOICE_LINE', 'CHATCORE', 
            'Question', 'common_prefix', 'core_question', 'crop', 'span_scores', 'Branches', 'score_together',
            'HubModel', 'HubTokenizer', 'halving', 'in_groups', 'score_questions', 'right', 'evaluate_core_task',
            'evaluate_core', 'load_hub', 'pick_letters', 'write_answers', 'answer_text', 'reference', 'constant_score',
-           'ngram_answers', 'transcript', 'by_topic', 'ngram_score', 'evaluate_task', 'chatcore', 'open_checkpoint',
-           'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram', 'open_tasks',
-           'write_records', 'score_line', 'asked_as_text', 'base_answers', 'examine_base', 'examine_chat',
+           'ngram_answers', 'transcript', 'by_topic', 'verdicts', 'ngram_score', 'evaluate_task', 'chatcore',
+           'open_checkpoint', 'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram',
+           'open_tasks', 'write_records', 'score_line', 'asked_as_text', 'base_answers', 'examine_base', 'examine_chat',
            'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval', 'main']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
@@ -725,11 +726,17 @@ def by_topic(records: Sequence[dict]) -> dict[str, dict]:
             for t, g in groups.items()} if len(groups) > 1 else {}
 
 # %% ../nbs/10_evaluation.ipynb #ngram-score
+def verdicts(task: Task, rows: Iterable[dict], answers: Iterable[str]) -> list[bool]:
+    """Whether each answer to a row of `task` is right; programs run side by side."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(task.evaluate, rows, answers))
+
+
 def ngram_score(lm: NGram, tokenizer: Tokenizer, task: Task, rows: Sequence[dict],
                 max_new_tokens: int) -> float:
     """The accuracy of the n-gram model on `rows`."""
     answers = ngram_answers(lm, tokenizer, task, rows, max_new_tokens)
-    return sum(task.evaluate(row, answer) for row, answer in zip(rows, answers)) / len(rows)
+    return sum(verdicts(task, rows, answers)) / len(rows)
 
 # %% ../nbs/10_evaluation.ipynb #evaluate-task
 def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_tokens: int = 256,
@@ -754,8 +761,8 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
                                         batch_rows=batch_rows)
     records = [{
         "index": i, "topic": row.get("topic", ""), "prompt": transcript(row), "completion": answer,
-        "reference": reference(row), "correct": task.evaluate(row, answer)
-    } for i, row, answer in zip(mine, rows, answers)]
+        "reference": reference(row), "correct": correct
+    } for i, row, answer, correct in zip(mine, rows, answers, verdicts(task, rows, answers))]
     found = ngram_score(ngram, tokenizer, task, rows,
                         max_new_tokens) * len(rows) if ngram and rows else 0.0
     parts = rt.gather((records, tokens, found))
@@ -926,13 +933,13 @@ def base_answers(model: GPT, tokenizer: Tokenizer, tasks: Sequence[Task], *, bat
     """What a model that has only read text scores on `tasks`: name → accuracy, stderr, n."""
     out = {}
     for task in progress(tasks, what="eval base"):
-        mine = range(rt.rank, len(task), rt.world_size)
-        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(asked_as_text(task[i]))]
-                   for i in mine]
+        rows = [task[i] for i in range(rt.rank, len(task), rt.world_size)]
+        prompts = [[tokenizer.special("<|bos|>"), *tokenizer.encode(asked_as_text(row))]
+                   for row in rows]
         answers, _ = write_answers(model, tokenizer, prompts, max_new_tokens=64,
                                    batch_rows=batch_rows)
-        right = [task.evaluate(task[i], re.split(r"\n(?:User:|\n)", answer)[0])
-                 for i, answer in zip(mine, answers)]
+        said = (re.split(r"\n(?:User:|\n)", answer)[0] for answer in answers)
+        right = verdicts(task, rows, said)
         correct, n = rt.sum(sum(right), len(right))
         out[task.name] = {"accuracy": correct / n, "stderr": standard_error(correct / n, int(n)),
                           "n": int(n)}
