@@ -186,6 +186,7 @@ exclude_patterns = [".*", "runs", "_*", "tests", "benchmarks", "presets", "nanoc
 nb_execution_mode = "off"
 nb_output_stderr = "remove"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_block", "attrs_inline", "deflist"]
 myst_heading_anchors = 3

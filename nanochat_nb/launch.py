@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -998,6 +999,11 @@ def plan_text(overrides: dict[str, dict], hardware, processes: int) -> str:
 
     def line(name: str, value: str, note: str) -> str:
         if value:
+            indent = "\n" + " " * (first + second + 6)
+            # a long note goes on below itself; a command or a paper is not cut
+            whole = re.sub("(--set|arXiv) ", "\\1\N{NO-BREAK SPACE}", note)
+            notes = textwrap.wrap(whole, 105 - len(indent), break_on_hyphens=False)
+            note = indent.join(notes).replace("\N{NO-BREAK SPACE}", " ")
             return f"  {name:{first}}  {value:>{second}}  {note}".rstrip()
         return f"\n{name}" + (f" ({note})" if note else "")
 

@@ -50,7 +50,7 @@ def test_plan_without_hardware_is_for_this_machine(elsewhere, capsys):
 def test_what_does_not_fit_says_what_would():
     hardware = parse_hardware("8x4090")
     text = plan_text(load_preset("speedrun"), hardware, 8)
-    advice = re.search(r"does not fit.*try --set (\S+)", text)[1]
+    advice = re.search(r"does not fit[^;]*; try\s+--set (\S+)", text)[1]
     assert "fits into 24" in plan_text(override(load_preset("speedrun"), settings=[advice]), hardware, 8)
     rows = int(advice.split("=")[1])
     assert "does not fit" in plan_text(override(load_preset("speedrun"), settings=[f"base.micro_batch_rows={2 * rows}"]), hardware, 8)
