@@ -671,7 +671,7 @@ def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
 # %% ../nbs/08_inference.ipynb #choose-for-rows
 def _choose(requests: list[Request], logits: Tensor, dials: Dials) -> list[int]:
     if dials.greedy:                                         # nothing is drawn
-        return logits.argmax(-1).tolist()
+        return (logits.numpy() if logits.is_cpu else logits).argmax(-1).tolist()
     uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
     return choose(logits, uniform, dials).tolist()
 
