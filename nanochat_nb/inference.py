@@ -473,7 +473,7 @@ class Engine:
     With `int8` it generates with an `int8_copy`.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 128,
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 64,
                  max_len: int | None = None, int8: bool = False):
         if max_batch < 1 or (max_len is not None and max_len < 2):
             raise UserError(f"max_batch={max_batch} must be at least 1 "
