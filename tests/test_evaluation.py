@@ -11,10 +11,11 @@ import torch
 from nanochat_nb import evaluation
 from nanochat_nb.corpus import open_text
 from nanochat_nb.evaluation import (CoreTask, evaluate_core_task, evaluate_task, find_core, halving, run_eval,
-                                    text_bits_per_byte)
+                                    text_bits_per_byte, verdicts)
+from nanochat_nb.execution import isolation
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import UserError
-from nanochat_nb.tasks import open_task
+from nanochat_nb.tasks import open_task, text_of
 from nanochat_nb.tokenizer import Tokenizer
 
 ROWS = [{"query": f"{a} + {b} =", "choices": [str(a + b), "none"], "gold": 0} for a in range(3) for b in range(3)]
@@ -179,3 +180,12 @@ def test_too_little_memory_halves_the_batch(exam, monkeypatch):
 
     monkeypatch.setattr(evaluation, "score_together", small)
     assert evaluate_core_task(model, tok, SUMS, MIXED) == expected and max(sizes) > 2
+
+
+def test_programs_judged_side_by_side_keep_their_order():
+    if not isolation():
+        pytest.skip("no sandbox works here")
+    task = open_task("code", "test", limit=6, seed=0)
+    rows = [task[i] for i in range(6)]
+    answers = [text_of(row["messages"][-1]["content"]) if i % 3 else "no program" for i, row in enumerate(rows)]
+    assert verdicts(task, rows, answers) == [bool(i % 3) for i in range(6)]

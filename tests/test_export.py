@@ -9,11 +9,12 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # before transformers is imported
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[transformers])")
 
-from nanochat_nb.checkpoint import main, save_checkpoint   # noqa: E402
+from nanochat_nb.checkpoint import export_model, main, save_checkpoint   # noqa: E402
 from nanochat_nb.corpus import CONVERSATION_KINDS, conversations, open_text  # noqa: E402
 from nanochat_nb.evaluation import evaluate_core, load_hub, main as evaluate  # noqa: E402
 from nanochat_nb.inference import Engine                   # noqa: E402
 from nanochat_nb.model import GPT, GPTConfig               # noqa: E402
+from nanochat_nb.runtime import UserError                  # noqa: E402
 from nanochat_nb.tokenizer import Tokenizer                # noqa: E402
 
 
@@ -149,3 +150,11 @@ def test_gpt2s_kind_sits_the_exam(folder, tok, tmp_path):
         assert abs(loss - sum(by_hand) / len(by_hand)) < 1e-4
         assert greedy == all(logits[i - 1].argmax() == row[i] for i in range(start, len(row)))
     assert evaluate_core(model, tokenizer, bundle(tmp_path / "core"))["tasks"]["sums"]["n"] == 15
+
+
+def test_nothing_is_written_over(ours, tok, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for there in (tmp_path / "file", tmp_path):
+        with pytest.raises(UserError, match="is a file, or not empty"):
+            export_model(ours, tok, there)
+    assert (tmp_path / "file").read_text() == "mine"
