@@ -118,6 +118,7 @@ case ${1:-} in
   refresh) shift; cd "$here"; exec "$bin/python" -m nanochat_nb.launch refresh "$@" ;;
   test)
     shift; cd "$here"; install_test_tools
-    exec "$bin/python" -m pytest -q --durations=15 tests "$@" ;;
+    # two processes of one thread each: most tests wait for processes that start or compute on one core
+    OMP_NUM_THREADS=1 exec "$bin/python" -m pytest -q -n 2 --dist loadfile --durations=15 tests "$@" ;;
   *) cd "$from"; exec "$bin/python" -m nanochat_nb.launch "$@" ;;
 esac

@@ -1,12 +1,14 @@
 """Reinforcement learning against more fine-tuning, from one run's SFT checkpoint, at equal compute.
 
-    python benchmarks/rl_study.py runs/laptop [--seeds 3] [--steps 48] [--only NAME ...] [--out FILE.jsonl]
+    python benchmarks/rl_study.py runs/laptop [--seeds 1 2 3] [--steps 48] [--only NAME ...] [--out FILE.jsonl]
+    python benchmarks/rl_study.py runs/laptop --rivals TFLOPS [--seeds 1 2 3] [--out FILE.jsonl]
 
 Each recipe below starts from the same SFT weights and practises word problems. Two rivals spend the FLOPs of the first recipe on
 more fine-tuning: on the solutions of new word problems, and on the mixture of the run's own fine-tuning (again, in the same
 order: once). With one seed RL and the first rival get the same questions, which the run's
 own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right. All are tested on the same 200 held-out
-problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased) and one at temperature 0. Nothing is written to RUN.
+problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased), 8 at temperature 0.5 (cold), and one at temperature 0.
+With --rivals nothing is practised: the rivals alone, at so many FLOPs. Nothing is written to RUN.
 """
 import argparse
 import json
@@ -23,6 +25,7 @@ from nanochat_nb.runtime import MetricsLog, start_runtime
 from nanochat_nb.sft import run_sft
 
 TASKS = ["word_problem"]
+SCORES = {"pass@1": "pass@1", "pass@8": "pass@8", "pass@1_cold": "cold", "greedy": "greedy"}   # and their heads
 BATCH = 4096                                             # tokens a step of more SFT
 PRACTICE = {"tasks": TASKS, "examples": 1500, "prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 160,
             "advantage": "mean", "normalize": "tokens", "lr_fraction": 0.05, "eval_prompts": 64, "eval_samples": 8,
@@ -35,6 +38,8 @@ RECIPES = {                                              # the first is the pres
     "nanochat: mean per question": {"normalize": "group"},
     "RLOO: minus the others": {"advantage": "others"},
     "MaxRL: right answers, one vote a group": {"advantage": "likelihood", "lr_fraction": 0.1},
+    "MaxRL, cooler, with old solutions": {"advantage": "likelihood", "lr_fraction": 0.1, "temperature": 0.7, "replay": 16,
+                                          "examples": 4000},
     "DAPO: over the std, silent groups replaced": {"advantage": "std", "rounds": 3, "steps": 0.6},
     "silent groups replaced": {"rounds": 3, "steps": 0.6},
     "groups of 4": {"prompts_per_step": 32, "samples_per_prompt": 4},
@@ -55,9 +60,10 @@ def examine(folder: Path, stage: str, rt) -> dict[str, float]:
     engine, out = Engine(model, tokenizer), {}
     for task in TASKS:
         held = open_questions([task], "test", data="", examples=200, seed=0)
-        p = {"seed": 7, "eval_samples": 8, "max_new_tokens": 160, "temperature": 1.0, "top_k": 0}
-        found = test_pass(engine, tokenizer, held, p, rt)
-        out |= {k: v for k, v in found.items() if k.startswith(task)}
+        p = {"seed": 7, "eval_samples": 8, "max_new_tokens": 160, "top_k": 0}
+        for name, temperature in (("", 1.0), ("_cold", 0.5)):
+            found = test_pass(engine, tokenizer, held, p | {"temperature": temperature}, rt)
+            out |= {k + name: v for k, v in found.items() if k.startswith(task)}
         greedy = roll_out(engine, tokenizer, held, [0] * len(held), num_samples=1, max_new_tokens=160,
                           temperature=0.0, top_k=0)
         out[f"{task}_greedy"] = sum(group[0].reward > 0 for group in greedy) / len(held)
@@ -97,7 +103,7 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool, rate:
 def line(name: str, results: list[dict], seconds: float) -> str:
     """One row of the table: mean over seeds, ± standard deviation between seeds, in percent; FLOPs in units of 1e12."""
     cells = []
-    for key in (f"{t}_{k}" for t in TASKS for k in ("pass@1", "pass@8", "greedy")):
+    for key in (f"{t}_{k}" for t in TASKS for k in SCORES):
         values = [100 * r[key] for r in results]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.1f}{spread}")
@@ -108,16 +114,16 @@ def line(name: str, results: list[dict], seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--rivals", type=float, metavar="TFLOPS")
     parser.add_argument("--out", type=Path, help="a .jsonl file for every single result")
     args = parser.parse_args()
     rt = start_runtime("cpu", "")
     if load_checkpoint(args.run / "sft").meta["recipe"]["seed"] != 0:
         parser.error("the study's seeds begin at 1: it needs a run that was fine-tuned with seed 0")
-    heads = ["pass@1", "pass@8", "greedy"]
-    print("| recipe | seeds | " + " | ".join(heads) + " | TFLOPs | s |\n" + "|---" * (len(heads) + 4) + "|", flush=True)
+    print("| recipe | seeds | " + " | ".join(SCORES.values()) + " | TFLOPs | s |\n" + "|---" * (len(SCORES) + 4) + "|", flush=True)
 
     def tried(name: str, seeds, work) -> list[dict]:
         start, results = time.monotonic(), []
@@ -129,14 +135,18 @@ def main() -> None:
         print(line(name, results, (time.monotonic() - start) / len(results)), flush=True)
         return results
 
+    def rivals(flops: float) -> None:
+        for kind, solutions, rate in RIVALS:
+            tried(f"more SFT, {kind}, {rate} of the rates", args.seeds if solutions else [0],
+                  lambda seed: fine_tuned(args.run, flops, seed, rt, solutions=solutions, rate=rate))
+
+    if args.rivals:
+        return rivals(args.rivals * 1e12)
     tried("SFT", [0], lambda seed: examine(args.run, "sft", rt))
-    seeds = range(1, args.seeds + 1)
     for name in args.only:
-        results = tried(name, seeds, lambda seed: practised(args.run, RECIPES[name], seed, args.steps, rt))
-        spent = statistics.mean(r["flops"] for r in results)
-        for kind, solutions, rate in RIVALS if name == next(iter(RECIPES)) else ():
-            tried(f"more SFT, {kind}, {rate} of the rates", seeds if solutions else [0],
-                  lambda seed: fine_tuned(args.run, spent, seed, rt, solutions=solutions, rate=rate))
+        results = tried(name, args.seeds, lambda seed: practised(args.run, RECIPES[name], seed, args.steps, rt))
+        if name == next(iter(RECIPES)):
+            rivals(statistics.mean(r["flops"] for r in results))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from .tasks import EMBEDDED, Task
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights', 'policy_rows',
-           'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'question_sources', 'questions_of',
-           'test_pass', 'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics',
-           'prepare_sft', 'run_rl']
+__all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'REPLAY_VOTE', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights',
+           'policy_rows', 'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'question_sources',
+           'questions_of', 'old_solutions', 'shown_again', 'test_pass', 'rl_multiplier', 'check_rl', 'practise',
+           'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft', 'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -214,6 +214,35 @@ def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
         out.append(int(torch.randperm(count, generator=generator(seed, "rl order", epoch))[at]))
     return out
 
+# %% ../nbs/13_rl.ipynb #old-solutions
+REPLAY_VOTE = 0.5      # of an old solution; a group's right answers share 1 with "likelihood"
+
+
+def old_solutions(recipe: dict, tasks: Sequence[str]) -> list[tuple[Task, int]]:
+    """(task, row) of the examples of `tasks` that the fine-tuning with this recipe was given.
+    Raises UserError when it was given none."""
+    found = []
+    for name in tasks:
+        if epochs := recipe["mixture"].get(name):
+            task = open_split(name, "train", data=recipe["data"], seed=recipe["seed"],
+                              examples=rows_made(recipe["examples"], epochs))
+            found += [(task, i) for i in range(len(task))]
+    if not found:
+        raise UserError(f"replay: fine-tuning was given no solutions of {', '.join(tasks)} to "
+                        "learn from again; set replay to 0")
+    return found
+
+
+def shown_again(old: list[tuple[Task, int]], loop: TrainingLoop, tokenizer: Tokenizer,
+                p: dict) -> list[Rollout]:
+    """This rank's share of the `replay` old solutions of a step."""
+    out, longest = [], loop.model.config.sequence_len + 1
+    numbers = questions_of(loop.step, p["replay"], len(old), p["seed"])
+    for task, i in (old[n] for n in numbers[loop.rt.rank::loop.rt.world_size]):
+        ids, mask = tokenizer.render_conversation(task[i], longest)
+        out.append(Rollout(ids[:1], ids[1:], mask[1:], 1.0, True))
+    return out
+
 # %% ../nbs/13_rl.ipynb #test-pass
 def test_pass(engine: Engine, tokenizer: Tokenizer, held: Sequence[tuple[Task, dict]], p: dict,
               rt: Runtime) -> dict:
@@ -254,6 +283,8 @@ def check_rl(p: dict, rt: Runtime) -> None:
                  "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
+    if p["replay"] < 0:
+        raise UserError(f"replay must not be negative, but is {p['replay']}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
         raise UserError(f"steps {p['steps']} must not be negative, "
                         f"and lr_fraction {p['lr_fraction']} must be positive")
@@ -263,7 +294,7 @@ def check_rl(p: dict, rt: Runtime) -> None:
 
 # %% ../nbs/13_rl.ipynb #practise
 def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions, held,
-             p: dict) -> None:
+             old: list[tuple[Task, int]], p: dict) -> None:
     """The steps that are left of an RL run with parameters `p`, and its tests."""
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
@@ -275,12 +306,12 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
     for step in training_steps(loop):
         if step == 0 or due(step, p["eval_every"]):
             look()
-        practise_step(loop, engine, tokenizer, questions, p)
+        practise_step(loop, engine, tokenizer, questions, old, p)
     look()
 
 # %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
-                  p: dict) -> None:
+                  old: list[tuple[Task, int]], p: dict) -> None:
     """Answer, judge, learn: one on-policy step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
@@ -295,25 +326,27 @@ def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, ques
         signal = sum(any(advantages([r.reward for r in g], p["advantage"])) for g in groups)
         if rt.sum(signal)[0] >= per_round:
             break
-    learn_from(loop, groups, tokenizer, p, began)
+    learn_from(loop, groups, shown_again(old, loop, tokenizer, p), tokenizer, p, began)
 
 # %% ../nbs/13_rl.ipynb #learn-from
-def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], tokenizer: Tokenizer, p: dict,
-               began: float) -> None:
-    """The policy gradient of this rank's groups, the update, a row of metrics."""
+def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], again: list[Rollout],
+               tokenizer: Tokenizer, p: dict, began: float) -> None:
+    """The policy gradient of this rank's groups and of the solutions shown `again`, the update, a
+    row of metrics."""
     rt, everyone = loop.rt, [r for g in groups for r in g]
     judged = [advantages([r.reward for r in g], p["advantage"]) for g in groups]
     useful = [(g, a) for g, a in zip(groups, judged) if any(a)]
     count, asked, tokens, reward, ended, signal, learned, read = rt.sum(
         len(everyone), len(groups), sum(sum(r.mask) for r in everyone),
         sum(r.reward for r in everyone), sum(r.finished for r in everyone), len(useful),
-        sum(len(r.prompt) + len(r.ids) for g, advantage in useful
-            for r, a in zip(g, advantage) if a),
+        sum(len(r.prompt) + len(r.ids) for r in again + [
+            r for g, advantage in useful for r, a in zip(g, advantage) if a]),
         sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
     weights = token_weights([g for g, _ in useful], p["normalize"], all_tokens=max(1.0, tokens),
                             all_groups=int(asked), max_new_tokens=p["max_new_tokens"])
     paid = [(r, a * w) for (g, advantage), ws in zip(useful, weights)
             for r, a, w in zip(g, advantage, ws) if a]
+    paid += [(r, REPLAY_VOTE / max(1.0, tokens)) for r in again]
     loss, lr = 0.0, rl_multiplier(loop.step, loop.steps, p["lr_shape"])
     if signal:
         loss = policy_gradient(loop.model, [r for r, _ in paid], [scale for _, scale in paid],
@@ -349,11 +382,11 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
-           rounds: int = 1, steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0,
-           top_k: int = 0, advantage: str = "mean", normalize: str = "tokens",
-           lr_fraction: float = 0.05, lr_shape: str = "cosine", micro_batch_rows: int = 32,
-           eval_prompts: int = 16, eval_samples: int = 4, eval_every: int = 0,
-           save_every: int = 50, keep: int = 2, device: str = "", dtype: str = "",
+           rounds: int = 1, replay: int = 0, steps: int = 3, max_new_tokens: int = 96,
+           temperature: float = 1.0, top_k: int = 0, advantage: str = "mean",
+           normalize: str = "tokens", lr_fraction: float = 0.05, lr_shape: str = "cosine",
+           micro_batch_rows: int = 32, eval_prompts: int = 16, eval_samples: int = 4,
+           eval_every: int = 0, save_every: int = 50, keep: int = 2, device: str = "", dtype: str = "",
            seed: int = 0) -> dict:
     """Train the run's SFT model on rewards into `run`/rl, or resume where it was interrupted.
 
@@ -370,6 +403,7 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed,
                                shown=shown_by_sft(sft["recipe"], tasks, seed))
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
+    old = old_solutions(sft["recipe"], tasks) if replay else []
     engine = Engine(model, tokenizer)
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
@@ -381,6 +415,6 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                         steps=steps or max(1, len(practice) // prompts_per_step),
                         recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
-    practise(loop, engine, tokenizer, practice, held, p)
+    practise(loop, engine, tokenizer, practice, held, old, p)
     return finish(loop, rl_metrics(loop), p, questions=len(practice),
                   too_long=len(questions) - len(practice))
