@@ -3,9 +3,9 @@
     python benchmarks/rl_study.py runs/laptop [--seeds 1 2 3] [--steps 48] [--only NAME ...] [--out FILE.jsonl]
     python benchmarks/rl_study.py runs/laptop --rivals TFLOPS [--seeds 1 2 3] [--out FILE.jsonl]
 
-Each recipe below starts from the same SFT weights and practises word problems. Two rivals spend the FLOPs of the first recipe on
-more fine-tuning: on the solutions of new word problems, and on the mixture of the run's own fine-tuning (again, in the same
-order: once). With one seed RL and the first rival get the same questions, which the run's
+Each recipe below starts from the same SFT weights and practises word problems. Three rivals spend the FLOPs of the first recipe on
+more fine-tuning: on the solutions of new word problems, on the mixture of the run's own fine-tuning (again, in the same
+order: once), and on that mixture's word problems alone. With one seed RL and the first rival get the same questions, which the run's
 own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right. All are tested on the same 200 held-out
 problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased), 8 at temperature 0.5 (cold), and one at temperature 0.
 With --rivals nothing is practised: the rivals alone, at so many FLOPs. Nothing is written to RUN.
@@ -50,8 +50,7 @@ RECIPES = {                                              # the first is the pres
 }
 
 
-RIVALS = (("solutions of new problems", True, 0.1), ("solutions of new problems", True, 0.3),
-          ("the same mixture", False, 0.1), ("the same mixture", False, 0.3))
+RIVALS = [(what, rate) for what in ("solutions of new problems", "the same mixture", "its word problems alone") for rate in (0.1, 0.3)]
 
 
 def examine(folder: Path, stage: str, rt) -> dict[str, float]:
@@ -83,14 +82,16 @@ def practised(run: Path, recipe: dict, seed: int, steps: int, rt) -> dict:
         return examine(folder, "rl", rt) | {"flops": summary["flops"], "way": way}
 
 
-def fine_tuned(run: Path, flops: float, seed: int, rt, *, solutions: bool, rate: float) -> dict:
-    """Scores after as many FLOPs of more fine-tuning: on `solutions` of new problems, or on the same mixture
-    as before."""
+def fine_tuned(run: Path, flops: float, seed: int, rt, *, what: str, rate: float) -> dict:
+    """Scores after as many FLOPs of more fine-tuning: `what` is one of the rivals' names."""
     model, _, meta = load_model(run, stage="sft", device=rt.device, dtype=rt.dtype)
     steps = max(1, round(flops / model.flops_per_token() / BATCH))
     before = meta["recipe"]
-    options = ({"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed} if solutions else
-               {"mixture": before["mixture"], "examples": before["examples"], "seed": before["seed"]})
+    options = {"mixture": before["mixture"], "examples": before["examples"], "seed": before["seed"]}
+    if what != "the same mixture":
+        options["mixture"] = {task: before["mixture"][task] for task in TASKS}
+    if what == "solutions of new problems":
+        options |= {"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
@@ -136,9 +137,9 @@ def main() -> None:
         return results
 
     def rivals(flops: float) -> None:
-        for kind, solutions, rate in RIVALS:
-            tried(f"more SFT, {kind}, {rate} of the rates", args.seeds if solutions else [0],
-                  lambda seed: fine_tuned(args.run, flops, seed, rt, solutions=solutions, rate=rate))
+        for what, rate in RIVALS:
+            tried(f"more SFT, {what}, {rate} of the rates", args.seeds if what == "solutions of new problems" else [0],
+                  lambda seed: fine_tuned(args.run, flops, seed, rt, what=what, rate=rate))
 
     if args.rivals:
         return rivals(args.rivals * 1e12)
