@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 
 import nanochat_nb
 from .evaluation import CHATCORE, center
@@ -32,8 +33,8 @@ __all__ = ['STAGES', 'COSTS', 'WATTS', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2
            'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline', 'number', 'duration',
            'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table',
            'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
-           'headline_errors', 'clear_winner', 'compare_reports', 'compare', 'ticks', 'tick_label', 'tag', 'legend',
-           'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
+           'headline_errors', 'clear_winner', 'compare_reports', 'differences', 'compare', 'ticks', 'tick_label', 'tag',
+           'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
            'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
            'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
            'page', 'miniature', 'run_report', 'main']
@@ -493,17 +494,36 @@ def compare_reports(reports: dict[str, dict]) -> str:
     rows = []
     for key in dict.fromkeys(k for head in heads.values() for k in head):
         values = [head.get(key) for head in heads.values()]
-        errors = [math.inf if key in NO_ERROR_KNOWN else d.get(key, 0.0) for d in doubts]
+        errors = [math.inf if key in NO_ERROR_KNOWN else d.get(key, math.inf) for d in doubts]
         best = clear_winner(values, errors)
-        words = [
-            "–" if v is None else f"{v:.1f}" if key == "minutes" else f"{v:.3f}" for v in values
-        ]
+        words = [_with_error(key, v, e) for v, e in zip(values, errors)]
         rows.append([title(key), *(w + "*" * (i == best) for i, w in enumerate(words))])
     return table(["", *heads], rows)
 
+
+def _with_error(key: str, value: float | None, error: float) -> str:
+    if value is None:
+        return "–"
+    return (f"{value:.1f}" if key == "minutes" else f"{value:.3f}") + (
+        f" ± {error:.3f}" if math.isfinite(error) else "")
+
 # %% ../nbs/14_report.ipynb #compare-folders
+def differences(folders: Sequence[Path], reports: Sequence[dict]) -> list[list[str]]:
+    """For each setting and each fact about the machine in which runs differ, its name and values."""
+    facts = []
+    for folder, report in zip(folders, reports):
+        path = folder / "preset.yaml"
+        preset = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
+        known = {f"{stage}.{name}": value for stage, values in (preset or {}).items()
+                 for name, value in values.items()}
+        facts.append(known | report.get("environment", {}))
+    names = dict.fromkeys(name for known in facts for name in known)
+    rows = [[name, *(f"{known.get(name, '–')}"[:40] for known in facts)] for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
 def compare(folders: Sequence[str | Path]) -> str:
-    """`compare_reports` of the runs in `folders`.
+    """`compare_reports` of the runs in `folders`, and in what else they differ.
     Raises UserError for a folder without a report.json."""
     reports = {}
     for folder in map(Path, folders):
@@ -512,7 +532,9 @@ def compare(folders: Sequence[str | Path]) -> str:
             raise UserError(f"no report.json in {folder}; "
                             f"finish that run first (bash run_all.sh --run {folder.name})")
         reports[folder.name if folder.name not in reports else str(folder)] = report
-    return compare_reports(reports)
+    rows = differences([Path(folder) for folder in folders], list(reports.values()))
+    other = table(["what differs", *reports], rows) if rows else "Settings and machine are the same."
+    return f"{compare_reports(reports)}\n\n{other}"
 
 # %% ../nbs/14_report.ipynb #ticks
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
