@@ -28,16 +28,16 @@ from .tasks import EMBEDDED, REAL
 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'WATTS', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2', 'NANOCHAT_SOURCE',
-           'NANOCHAT', 'TITLES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP', 'LEGEND',
-           'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names', 'this_machine',
-           'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline', 'number', 'duration',
-           'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows', 'loud', 'core_table',
-           'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part', 'sample_parts', 'quoted',
-           'headline_errors', 'clear_winner', 'compare_reports', 'differences', 'compare', 'ticks', 'tick_label', 'tag',
-           'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task',
-           'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section',
-           'compression_section', 'topics_html', 'stage_rows', 'environment_rows', 'machine', 'leaderboard', 'sources',
-           'page', 'miniature', 'run_report', 'main']
+           'NANOCHAT', 'TITLES', 'HEADLINES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP',
+           'LEGEND', 'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names',
+           'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline',
+           'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows',
+           'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
+           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'differences', 'compare',
+           'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark',
+           'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html',
+           'energy', 'cards', 'core_section', 'compression_section', 'topics_html', 'stage_rows', 'environment_rows',
+           'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -274,11 +274,14 @@ TITLES = {
     "memory": "remembering what the user said", "unknown": "saying that it does not know",
     "beyond": "questions beyond its world"
 } | {name: real.title for name, real in REAL.items()}
+HEADLINES = {"val_bpb": "bits per byte", "document_bpb": "bits per byte, document by document",
+             "core": "CORE", "core_partial": "part of CORE", "chatcore": "public chat tasks, mean",
+             "chatcore_embedded": "chat tasks, mean (0 is guessing)"}
 
 
 def title(name: str) -> str:
-    """A task's name for reading; what is no task keeps its name."""
-    return TITLES.get(name, name)
+    """The name of a task or headline number for reading; others keep their name."""
+    return (TITLES | HEADLINES).get(name, name)
 
 # %% ../nbs/14_report.ipynb #as-percent
 def percent(value: float | None) -> str:
@@ -799,8 +802,11 @@ def stage_rows(report: dict) -> list[list[str]]:
 
 def environment_rows(report: dict) -> list[list[str]]:
     """The machine, in words."""
-    return [[k, ", ".join(v) if isinstance(v, list) else str(v)]
-            for k, v in report["environment"].items()]
+    found = dict(report["environment"])
+    if "memory_bytes" in found:
+        found["memory"] = f"{found.pop('memory_bytes') / 2**30:.1f} GiB"
+    return [[k, ", ".join(v) or "none" if isinstance(v, list) else str(v)]
+            for k, v in found.items()]
 
 
 def machine(report: dict) -> str:
