@@ -6,7 +6,9 @@ PLACE is a folder that `benchmarks/learning.py` has made: its text.jsonl and tok
 ablations.jsonl; what stands there is not run again. The model is the benchmarks' (4 layers of 256, vocabulary of 4,096, rows of
 256), 8,192 tokens a step, bfloat16, one thread. Each run is a process of its own in which one thing of the library is replaced;
 runs with the same seed begin with the same weights and read the same rows, so the table gives the mean of the differences by
-seed, and how far they lie apart. "time" is the processor time from the first step's end to the last's, against the unchanged run of the same seed.
+seed, and how far they lie apart. "time" is the processor time from the first step's end to the last's, against the unchanged run of the same seed
+(that of z-loss is of a plain version of the loss, not of one made to be fast; averages of weights are kept in the two runs that
+use them).
 """
 import argparse
 import copy
@@ -200,9 +202,9 @@ VARIANTS = {                                             # what is replaced, and
 }
 
 
-def watch(steps: int) -> tuple[list, list]:
+def watch(steps: int, parts: tuple) -> tuple[list, list]:
     """Two lists that fill as it trains: averages of the weights over the last parts, (part, sums, count), and clocks after each step."""
-    found, clocks, update = [[part, None, 0] for part in TAILS], [], P.update
+    found, clocks, update = [[part, None, 0] for part in parts], [], P.update
 
     def watched(loop, loss, **rest):
         update(loop, loss, **rest)
@@ -224,7 +226,7 @@ def run(place: Path, name: str, steps: int, seed: int, documents: int) -> None:
     change()
     settings = SETTINGS | {"total_batch_tokens": 8192} | settings
     steps = steps * 8192 // settings["total_batch_tokens"]
-    tails, clocks = watch(steps)
+    tails, clocks = watch(steps, TAILS if name in ("none", "rates fall to 0.3") else ())
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer").symlink_to((place / "tokenizer").resolve())
         P.run_base(run=folder, text=[str(place.resolve() / "text.jsonl")], steps=steps, seed=seed, **settings)
@@ -232,11 +234,10 @@ def run(place: Path, name: str, steps: int, seed: int, documents: int) -> None:
     texts = held_out(open_text([str(place / "text.jsonl")]), documents)
     bpb = lambda model: measure_text(model, tokenizer, texts, batch_tokens=8192, rt=start_runtime("cpu", "float32"))[0]["document_bpb"]
     rows = [("", bpb(trained))]
-    if name in ("none", "rates fall to 0.3"):
-        for part, sums, count in tails:
-            averaged = copy.deepcopy(trained)
-            averaged.load_state_dict({k: (v / count).float() for k, v in sums.items()})
-            rows.append((f"mean of the last {part:.0%}", bpb(averaged)))
+    for part, sums, count in tails:
+        averaged = copy.deepcopy(trained)
+        averaged.load_state_dict({k: (v / count).float() for k, v in sums.items()})
+        rows.append((f"mean of the last {part:.0%}", bpb(averaged)))
     for tail, value in rows:
         print(json.dumps({"name": ", ".join(filter(None, (name, tail))), "steps": steps, "seed": seed, "bpb": value, "seconds": clocks[-1] - clocks[0],
                           "parameters": sum(p.numel() for p in trained.parameters())}))
@@ -267,16 +268,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return run(args.place, args.one[0], args.steps, int(args.one[1]), args.documents)
-    path = args.place / "ablations.jsonl"
+    path, length = args.place / "ablations.jsonl", {"length": args.steps, "documents": args.documents}
     known = lambda: [r for line in (path.read_text().splitlines() if path.exists() else ())
-                     if (r := json.loads(line))["length"] == args.steps]
+                     if length.items() <= (r := json.loads(line)).items()]
     for seed in args.seeds:
-        for name in args.only:
+        for name in dict.fromkeys(["none", *args.only]):             # what the others are compared with
             if any(r["name"] == name and r["seed"] == seed for r in known()):
                 continue
             out = subprocess.run([sys.executable, __file__, str(args.place), "--one", name, str(seed), "--steps", str(args.steps),
                                   "--documents", str(args.documents)], check=True, stdout=subprocess.PIPE, text=True).stdout
-            made = [json.loads(line) | {"length": args.steps} for line in out.splitlines() if line.startswith("{")]
+            made = [json.loads(line) | length for line in out.splitlines() if line.startswith("{")]
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in made)
             print(json.dumps(made), flush=True)

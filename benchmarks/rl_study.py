@@ -87,8 +87,10 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, what: str, rate: float
     model, _, meta = load_model(run, stage="sft", device=rt.device, dtype=rt.dtype)
     steps = max(1, round(flops / model.flops_per_token() / BATCH))
     before = meta["recipe"]
-    options = {"mixture": before["mixture"], "examples": before["examples"], "seed": before["seed"]}
-    if what != "the same mixture":
+    options = {name: before[name] for name in ("mixture", "examples", "seed")}
+    if what == "the same mixture":
+        options["text_share"] = before["text_share"]
+    else:
         options["mixture"] = {task: before["mixture"][task] for task in TASKS}
     if what == "solutions of new problems":
         options |= {"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed}
@@ -96,6 +98,7 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, what: str, rate: float
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
         shutil.copytree(run / "sft", folder / "base")
+        (folder / "tokens").symlink_to((run / "tokens").resolve())
         run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=rate, eval_every=0,
                 eval_examples=5, **options)
         return examine(folder, "sft", rt) | {"flops": steps * BATCH * model.flops_per_token()}

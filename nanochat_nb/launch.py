@@ -249,6 +249,10 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     check_rows(rows, base["sequence_len"], sft["micro_batch_rows"], processes)
     if sft["lr_fraction"] <= 0:
         raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
+    rl = stage_parameters(STEPS["rl"], overrides)
+    if rl["replay"] and not any(sft["mixture"].get(task) for task in rl["tasks"]):
+        raise UserError("rl.replay shows solutions of fine-tuning again, and sft.mixture has none "
+                        f"of {', '.join(rl['tasks'])}; set rl.replay to 0")
 
 # %% ../nbs/15_launch.ipynb #check-names
 def check_names(overrides: dict[str, dict]) -> None:
@@ -888,9 +892,10 @@ def later_flops(overrides: dict[str, dict], batch_tokens: int,
     questions = sum(ROUGH_ROWS[t][0] if t in ROUGH_ROWS else rl["examples"] for t in rl["tasks"])
     rounds = rl["steps"] or max(1, questions // rl["prompts_per_step"])
     answers = rounds * rl["prompts_per_step"] * rl["samples_per_prompt"] * rl["max_new_tokens"]
+    again = rounds * rl["replay"] * TALK_TOKENS
     tokens = steps or sft["epochs"] * talk / (1 - sft["text_share"])
     return {"fine-tuning": flops_per_token * tokens,
-            "RL": flops_per_token * answers * 4 / 3}     # writing costs a third of learning
+            "RL": flops_per_token * (answers * 4 / 3 + again)}     # writing costs a third of learning
 
 # %% ../nbs/15_launch.ipynb #work-section
 def hours(seconds: float | None) -> str:

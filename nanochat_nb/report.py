@@ -33,11 +33,11 @@ __all__ = ['STAGES', 'COSTS', 'WATTS', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2
            'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline',
            'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows',
            'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
-           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'differences', 'compare',
-           'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line', 'svg_text', 'svg_curve', 'mark',
-           'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table', 'bubble', 'conversations_html',
-           'energy', 'cards', 'core_section', 'compression_section', 'topics_html', 'stage_rows', 'environment_rows',
-           'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
+           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'environment_rows',
+           'differences', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line',
+           'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table',
+           'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section', 'topics_html',
+           'stage_rows', 'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -275,7 +275,7 @@ TITLES = {
     "beyond": "questions beyond its world"
 } | {name: real.title for name, real in REAL.items()}
 HEADLINES = {"val_bpb": "bits per byte", "document_bpb": "bits per byte, document by document",
-             "core": "CORE", "core_partial": "part of CORE", "chatcore": "public chat tasks, mean",
+             "core": "CORE", "core_partial": "part of CORE", "chatcore": "public chat tasks, mean (0 is guessing)",
              "chatcore_embedded": "chat tasks, mean (0 is guessing)"}
 
 
@@ -511,18 +511,36 @@ def _with_error(key: str, value: float | None, error: float) -> str:
         f" ± {error:.3f}" if math.isfinite(error) else "")
 
 # %% ../nbs/14_report.ipynb #compare-folders
+def environment_rows(report: dict) -> list[list[str]]:
+    """The machine, in words."""
+    found = dict(report["environment"])
+    if found.get("memory_bytes"):
+        found["memory"] = f"{found.pop('memory_bytes') / 2**30:.1f} GiB"
+    return [[k, ", ".join(v) or "none" if isinstance(v, list) else str(v)]
+            for k, v in found.items()]
+
+
 def differences(folders: Sequence[Path], reports: Sequence[dict]) -> list[list[str]]:
-    """For each setting and each fact about the machine in which runs differ, its name and values."""
+    """For each setting and each fact about the machine in which runs differ, its name and values.
+    Of a mixture, the tasks whose weights differ."""
     facts = []
     for folder, report in zip(folders, reports):
         path = folder / "preset.yaml"
-        preset = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
-        known = {f"{stage}.{name}": value for stage, values in (preset or {}).items()
-                 for name, value in values.items()}
-        facts.append(known | report.get("environment", {}))
-    names = dict.fromkeys(name for known in facts for name in known)
-    rows = [[name, *(f"{known.get(name, '–')}"[:40] for known in facts)] for name in names]
-    return [row for row in rows if len(set(row[1:])) > 1]
+        preset = yaml.safe_load(path.read_text("utf-8")) if path.exists() else None
+        known = dict(_leaves(preset or {"settings": "unknown"}))
+        machine = environment_rows(report) if "environment" in report else []
+        facts.append(known | {name: value for name, value in machine if name != "date"})
+    rows = [[name, *(known.get(name, "–") for known in facts)]
+            for name in dict.fromkeys(name for known in facts for name in known)]
+    return [[cell[:48] for cell in row] for row in rows if len(set(row[1:])) > 1]
+
+
+def _leaves(settings: dict, prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
 
 
 def compare(folders: Sequence[str | Path]) -> str:
@@ -798,15 +816,6 @@ def stage_rows(report: dict) -> list[list[str]]:
     return [[s, "missing" if x["missing"] else duration(x["seconds"]), number(x["tokens"]),
              number(x["flops"]), f"{x['peak_memory_bytes'] / 2**30:.2f}"]
             for s, x in report["stages"].items()]
-
-
-def environment_rows(report: dict) -> list[list[str]]:
-    """The machine, in words."""
-    found = dict(report["environment"])
-    if "memory_bytes" in found:
-        found["memory"] = f"{found.pop('memory_bytes') / 2**30:.1f} GiB"
-    return [[k, ", ".join(v) or "none" if isinstance(v, list) else str(v)]
-            for k, v in found.items()]
 
 
 def machine(report: dict) -> str:

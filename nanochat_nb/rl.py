@@ -215,7 +215,7 @@ def questions_of(step: int, per_step: int, count: int, seed: int) -> list[int]:
     return out
 
 # %% ../nbs/13_rl.ipynb #old-solutions
-REPLAY_VOTE = 0.5      # of an old solution; a group's right answers share 1 with "likelihood"
+REPLAY_VOTE = 0.5      # of a token; one right answer of a group has 1 with "likelihood", "tokens"
 
 
 def old_solutions(recipe: dict, tasks: Sequence[str]) -> list[tuple[Task, int]]:
@@ -312,7 +312,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
 # %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
                   old: list[tuple[Task, int]], p: dict) -> None:
-    """Answer, judge, learn: one on-policy step.
+    """Answer, judge, learn, and look at old solutions: one step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
     per_round, groups = p["prompts_per_step"], []
@@ -336,10 +336,10 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], again: list[Roll
     rt, everyone = loop.rt, [r for g in groups for r in g]
     judged = [advantages([r.reward for r in g], p["advantage"]) for g in groups]
     useful = [(g, a) for g, a in zip(groups, judged) if any(a)]
-    count, asked, tokens, reward, ended, signal, learned, read = rt.sum(
+    count, asked, tokens, reward, ended, signal, shown, learned, read = rt.sum(
         len(everyone), len(groups), sum(sum(r.mask) for r in everyone),
         sum(r.reward for r in everyone), sum(r.finished for r in everyone), len(useful),
-        sum(len(r.prompt) + len(r.ids) for r in again + [
+        len(again), sum(len(r.prompt) + len(r.ids) for r in again + [
             r for g, advantage in useful for r, a in zip(g, advantage) if a]),
         sum(len(g[0].prompt) + sum(len(r.ids) for r in g) for g in groups))
     weights = token_weights([g for g, _ in useful], p["normalize"], all_tokens=max(1.0, tokens),
@@ -348,7 +348,7 @@ def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], again: list[Roll
             for r, a, w in zip(g, advantage, ws) if a]
     paid += [(r, REPLAY_VOTE / max(1.0, tokens)) for r in again]
     loss, lr = 0.0, rl_multiplier(loop.step, loop.steps, p["lr_shape"])
-    if signal:
+    if signal or shown:
         loss = policy_gradient(loop.model, [r for r, _ in paid], [scale for _, scale in paid],
                                pad=tokenizer.special("<|assistant_end|>"), rt=rt,
                                micro_batch_rows=p["micro_batch_rows"])

@@ -251,3 +251,19 @@ def test_git_filter_leaves_clean_notebooks_alone(path):
     assert hooks.clean(json.dumps(used).encode()) == data
     assert hooks.clean(b"<<<<<<< conflict") == b"<<<<<<< conflict"
     assert "".join(used["cells"][0]["source"]).encode() in hooks.show(data)
+
+
+def test_the_study_of_rl_is_drawn_from_its_runs():
+    """The numbers that 13 draws for long runs are those of benchmarks/rl_study.jsonl."""
+    runs = [json.loads(line) for line in (ROOT / "benchmarks" / "rl_study.jsonl").read_text().splitlines()]
+    cell = next(c for c in code_cells(ROOT / "nbs" / "13_rl.ipynb") if "long_study = {" in c["source"])
+    drawn = next(ast.literal_eval(node.value) for node in ast.parse(cell["source"]).body
+                 if isinstance(node, ast.Assign) and node.targets[0].id == "long_study")
+    names = ("pass@1", "pass@1_cold", "greedy", "pass@8")
+    for name, rows in drawn.items():
+        wanted = "MaxRL, cooler" if name == "RL, 200 steps" else f"more SFT, {name}"
+        made = [[100 * r[f"word_problem_{n}"] for n in names] for r in sorted(runs, key=lambda r: r["seed"])
+                if r["recipe"].startswith(wanted) and r.get("steps") in (None, 200) and r.get("flops", 0) > 1e13]
+        assert len(made) == len(rows), name
+        for row, run in zip(rows, made):
+            assert row == pytest.approx(run, abs=0.0501), name

@@ -15,6 +15,7 @@ import nanochat_nb.rl as rl
 import nanochat_nb.sft as sft
 from nanochat_nb.checkpoint import list_checkpoints, load_checkpoint, step_of
 from nanochat_nb.loader import batch_documents, in_words, open_shards
+from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import UserError, start_runtime
 from nanochat_nb.tokenizer import run_tokenizer
 
@@ -381,6 +382,32 @@ def test_silent_groups_are_replaced(monkeypatch, signals, asked):
     rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5), None, None, list(range(100)), [], p)
     assert len(seen) == asked and len(learned) == 4 * asked
     assert len({question for batch in seen for question, _ in batch}) == len({seed for batch in seen for _, seed in batch}) == 4 * asked
+
+
+@pytest.mark.parametrize("rewards", [(1.0, 0.0), (0.0, 0.0)])
+def test_old_solutions_are_learned_with_half_a_vote(monkeypatch, rewards):
+    """One question, two answers, one old solution: the gradient is that of the sum written out; and a silent step learns the solution."""
+    model = GPT(GPTConfig.from_depth(1, vocab_size=64, sequence_len=32, head_dim=32), dtype=torch.float32).init_weights(0)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    answers = [rl.Rollout([1, 2], ids, [1] * len(ids), reward, True) for ids, reward in zip(([5, 6, 7], [8, 9]), rewards)]
+    old = rl.Rollout([1], [3, 4, 5], [0, 1, 1], 1.0, True)
+    seen, flops = {}, []
+    monkeypatch.setattr(rl, "update", lambda loop, loss, lr: seen.update(grad=model.lm_head.weight.grad.clone()))
+    monkeypatch.setattr(rl, "record", lambda loop, began, **row: flops.append(row["flops"]))
+    loop = SimpleNamespace(rt=start_runtime("cpu", "float32"), model=model, step=0, steps=1)
+    p = dict(advantage="likelihood", normalize="tokens", max_new_tokens=8, lr_shape="cosine", micro_batch_rows=2)
+    rl.learn_from(loop, [answers], [old], SimpleNamespace(special=lambda name: 0), p, 0.0)
+    model.zero_grad()
+    tokens = 3 + 2                                                     # of all answers
+    told = [(answers[0], 1 / tokens)] * (rewards[0] > 0) + [(old, 0.5 / tokens)]
+    loss = torch.zeros(())
+    for r, weight in told:
+        logp = model(torch.tensor([r.prompt + r.ids]))[0].log_softmax(-1)
+        loss = loss - weight * sum(chosen * logp[len(r.prompt) + i - 1, token] for i, (token, chosen) in enumerate(zip(r.ids, r.mask)))
+    loss.backward()
+    assert torch.allclose(seen["grad"], model.lm_head.weight.grad, atol=1e-6) and seen["grad"].abs().max() > 1e-3
+    learned, read = sum(len(r.prompt) + len(r.ids) for r, _ in told), 2 + tokens
+    assert flops == [pytest.approx(model.flops_per_token() * (learned + read / 3))]
 
 
 WAITING = """
