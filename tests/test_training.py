@@ -379,7 +379,8 @@ def test_silent_groups_are_replaced(monkeypatch, signals, asked):
     monkeypatch.setattr(rl, "roll_out", roll_out)
     monkeypatch.setattr(rl, "learn_from", lambda loop, groups, *_: learned.extend(groups))
     p = dict(rounds=3, replay=0, prompts_per_step=4, seed=0, samples_per_prompt=2, max_new_tokens=8, temperature=1.0, top_k=0, advantage="mean")
-    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5), None, None, list(range(100)), [], p)
+    model = SimpleNamespace(config=SimpleNamespace(sequence_len=8))
+    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5, model=model), None, None, list(range(100)), [], p)
     assert len(seen) == asked and len(learned) == 4 * asked
     assert len({question for batch in seen for question, _ in batch}) == len({seed for batch in seen for _, seed in batch}) == 4 * asked
 
