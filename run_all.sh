@@ -118,7 +118,8 @@ case ${1:-} in
   refresh) shift; cd "$here"; exec "$bin/python" -m nanochat_nb.launch refresh "$@" ;;
   test)
     shift; cd "$here"; install_test_tools
-    # two processes of one thread each: most tests wait for processes that start or compute on one core
+    # two processes of one thread each: most tests wait for processes that start or compute on one core;
+    # `run_all.sh test -n 0` takes one, as a debugger needs
     OMP_NUM_THREADS=1 exec "$bin/python" -m pytest -q -n 2 --dist loadfile --durations=15 tests "$@" ;;
   *) cd "$from"; exec "$bin/python" -m nanochat_nb.launch "$@" ;;
 esac
