@@ -554,7 +554,7 @@ def compare(folders: Sequence[str | Path]) -> str:
                             f"finish that run first (bash run_all.sh --run {folder.name})")
         reports[folder.name if folder.name not in reports else str(folder)] = report
     rows = differences([Path(folder) for folder in folders], list(reports.values()))
-    other = table(["what differs", *reports], rows) if rows else "Settings and machine are the same."
+    other = table(["what differs", *reports], rows) if rows else "Nothing else that is known differs."
     return f"{compare_reports(reports)}\n\n{other}"
 
 # %% ../nbs/14_report.ipynb #ticks
