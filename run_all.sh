@@ -68,6 +68,11 @@ install_test_tools() {
       echo "could not install requirements-test.lock; the tests that need it will skip"
     fi
   fi
+  # Triton beside the environment, not in it: its interpreter runs the GPU's kernels (08) on a CPU
+  if [ ! -d "$here/.venv/interpreter/triton" ]; then
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$here/.venv/interpreter" triton==3.8.0 \
+      || echo "could not install triton; the test of the GPU's kernels will skip"
+  fi
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
   local missing=()
   command -v chromium >/dev/null || missing+=(chromium)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import functools
+import math
 import signal
 import sys
 from collections import deque
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 import nanochat_nb
 from .execution import calculate, isolation, run_code
 from .model import (
-    GATE_CHANNELS, GPT, SMEAR_CHANNELS, Embedding, GPTConfig, KVCache, Linear, softcap)
+    GATE_CHANNELS, GPT, SMEAR_CHANNELS, SOFTCAP, Embedding, GPTConfig, KVCache, Linear, softcap)
 from .runtime import UserError, generator, nearest, seed_of
 from .tokenizer import Tokenizer, patch_to
 
@@ -34,10 +36,11 @@ from .tokenizer import Tokenizer, patch_to
 __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', 'TEMPERATURE', 'Snapshot', 'layers_by_window',
            'kept', 'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
            'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
-           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'Unit', 'turned',
-           'Product', 'Place', 'places', 'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'chat_prompt', 'to_int8',
-           'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder', 'best_stage', 'chat',
-           'main']
+           'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'long_step', 'Unit',
+           'turned', 'Product', 'Place', 'places', 'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel',
+           'times', 'read_kernel', 'add_kernel', 'turn', 'load_block', 'weigh', 'new_entry', 'join', 'attention_kernel',
+           'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8', 'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy',
+           'weight_bytes', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -489,6 +492,7 @@ class Engine:
         self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
         self._recorded, self._recorded_for = {}, None        # recorded steps, the memory they read
+        self._ahead: Ahead | None = None                     # a step begun before its time
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []                        # row i of the cache is rows[i]
         self.parked: dict[Future, tuple[Request, Snapshot]] = {}  # waiting for their program to end
@@ -511,6 +515,8 @@ def refresh(self) -> None:
         self._weights, self._plan, self.prefixes = weights, None, {}
         on_cpu = self.model.device.type == "cpu"
         self._short = ShortStep(self.model, self.max_len) if on_cpu else None
+        self._kernels = KernelStep(self.model) if KernelStep.fits(self.model) else None
+        self._goes_ahead = self.model.device.type == "cuda"
         self.cache = RowCache(self.model.config, self.max_batch, self.max_len,
                               self.model.device, self.model.dtype)
 
@@ -657,23 +663,33 @@ def _admit(engine: Engine) -> None:
 def _first_tokens(engine: Engine, entering: list[Request]) -> None:
     logits = torch.stack([engine.prefixes[r.prompt][1] for r in entering])
     dials = Dials([r.dial for r in entering], logits.device)
-    _take_all(engine, entering, logits, dials)
+    _take_all(engine, entering, _choose(entering, logits, dials), logits)
     for request in entering:
         if request.finish_reason is None:
             _enter(engine, request, engine.prefixes[request.prompt][0])
 
 
 def _enter(engine: Engine, request: Request, snapshot: Snapshot) -> None:
+    _take_back(engine)
     engine.cache.enter(snapshot)
     engine.rows.append(request)
     engine._plan = None
 
 # %% ../nbs/08_inference.ipynb #choose-for-rows
+def _uniforms(requests: list[Request], later: int = 0) -> Tensor:
+    return torch.tensor([r.uniforms[len(r.ids) + later] for r in requests], dtype=torch.float64)
+
+
 def _choose(requests: list[Request], logits: Tensor, dials: Dials) -> list[int]:
     if dials.greedy:                                         # nothing is drawn
         return (logits.numpy() if logits.is_cpu else logits).argmax(-1).tolist()
-    uniform = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
-    return choose(logits, uniform, dials).tolist()
+    return choose(logits, _uniforms(requests), dials).tolist()
+
+# %% ../nbs/08_inference.ipynb #long-step
+def long_step(model: GPT, ids: Tensor, cache: RowCache) -> Tensor:
+    """The model's own step: logits float32 (B, vocab) of the rows of `cache`, fed ids (B,)."""
+    cache.begin()
+    return next_logits(model, model.hidden(ids[:, None], cache)[:, 0])
 
 # %% ../nbs/08_inference.ipynb #short-unit
 class Unit:
@@ -838,18 +854,19 @@ class ShortStep:
 
 # %% ../nbs/08_inference.ipynb #recorded-step
 class RecordedStep:
-    """The decoding step of `rows` rows of up to `length` tokens: recorded once, replayed at will.
+    """`step` (a function of ids and a cache) for `rows` rows of up to `length` tokens: recorded
+    once, replayed at will.
 
     A recording is of addresses, so what changes is copied into tensors that stay where they are.
     """
 
-    def __init__(self, model: GPT, cache: RowCache, rows: int, length: int):
+    def __init__(self, step: Callable[[Tensor, RowCache], Tensor], cache: RowCache, rows: int,
+                 length: int):
         device, before = cache.positions.device, cache.previous_embedding
-        self.model, self.rows, self.length = model, rows, length
-        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.before = before.new_zeros(rows, model.config.n_embd)
-        self.cache = RowCache(model.config, rows, length, device, before.dtype)
+        self.step, self.rows, self.length = step, rows, length
+        self.ids, self.positions = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.before = before.new_zeros(rows, before.size(1))
+        self.cache = RowCache(cache.config, rows, length, device, before.dtype)
         self.cache.store, self.graph = cache.store, None
 
     def run(self) -> Tensor:
@@ -857,27 +874,26 @@ class RecordedStep:
         cache = self.cache
         cache.ends = [self.length - 1] * self.rows
         cache.positions, cache.previous_embedding = self.positions, self.before
-        cache.begin()
-        logits = next_logits(self.model, self.model.hidden(self.ids, cache)[:, 0])
+        logits = self.step(self.ids, cache)
         self.before.copy_(cache.previous_embedding)
         return logits
 
-    def fill(self, feed: Tensor, cache: RowCache) -> None:
+    def fill(self, ids: Tensor, cache: RowCache) -> None:
         """Take over what changes; rows beyond those in use keep old numbers that nobody reads."""
-        n = len(feed)
-        self.ids[:n] = feed
+        n = len(ids)
+        self.ids[:n] = ids
         self.positions[:n], self.before[:n] = cache.positions, cache.previous_embedding
 
-    def __call__(self, feed: Tensor, cache: RowCache) -> Tensor:
-        """Logits (n, vocab) of the n rows of `cache`, fed with `feed` (n, 1)."""
-        self.fill(feed, cache)
+    def __call__(self, ids: Tensor, cache: RowCache) -> Tensor:
+        """Logits (n, vocab) of the n rows of `cache`, fed with ids (n,)."""
+        self.fill(ids, cache)
         if self.graph is None:
             self._record()
-            self.fill(feed, cache)                          # the rehearsal has moved on
+            self.fill(ids, cache)                           # the rehearsal has moved on
         self.graph.replay()
-        cache.previous_embedding = self.before[:len(feed)].clone()
+        cache.previous_embedding = self.before[:len(ids)].clone()
         cache.advance()
-        return self.logits[:len(feed)]
+        return self.logits[:len(ids)]
 
     def _record(self) -> None:
         """A rehearsal, in which libraries set themselves up, then the recording."""
@@ -890,45 +906,456 @@ class RecordedStep:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # others may go on
             self.logits = self.run()
 
+# %% ../nbs/08_inference.ipynb #embed-kernel
+try:                                                         # comes with torch for NVIDIA's GPUs
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:
+    triton, jit = None, lambda function: function
+
+
+@jit
+def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, now, sizes, parts,
+                 C, eps, SMEAR: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's embedding, normed and smeared (`first`), and what the first layer reads (`x`)."""
+    row, c = tl.program_id(0), tl.arange(0, BLOCK)
+    here, inside = row * C + c, c < C
+    e = tl.load(table + tl.load(ids + row) * C + c, mask=inside, other=0).to(tl.float32)
+    e = (e * tl.rsqrt(tl.sum(e * e) / C + eps)).to(x.dtype.element_ty)
+    tl.store(now + here, e, mask=inside)                     # the next step's `before`
+    e = e.to(tl.float32)
+    opens = tl.sum(e * tl.load(gate + c, mask=c < SMEAR, other=0).to(tl.float32))
+    gated = tl.load(strength).to(tl.float32) * tl.sigmoid(opens)
+    e += gated * tl.load(before + here, mask=inside, other=0).to(tl.float32)
+    tl.store(first + here, e, mask=inside)
+    e = (e * (tl.load(resid) + tl.load(shares))).to(x.dtype.element_ty)
+    tl.store(x + here, e, mask=inside)
+    e = e.to(tl.float32)
+    tl.store(sizes + row * parts + c, tl.where(c == 0, tl.sum(e * e), 0), mask=c < parts)
+
+# %% ../nbs/08_inference.ipynb #times-kernel
+@jit
+def times(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
+          BK: tl.constexpr):
+    """x (rows, K) @ w.T for BN of w's rows, of SHARE inputs from `start`: float32 (B, BN), and for
+    one row also its sum of squares."""
+    row, n, k = tl.arange(0, B), tile * BN + tl.arange(0, BN), start + tl.arange(0, BK)
+    w += n.to(tl.int64)[:, None] * K
+    if B == 1:                                               # no matrix: multiply and add
+        inside = (tl.arange(0, BK) < SHARE)[None, :]
+        given = tl.load(x + tl.broadcast_to(k[None, :], (BN, BK)), mask=inside, other=0)
+        given = given.to(tl.float32)
+        weights = tl.load(w + k[None, :], mask=inside, other=0).to(tl.float32)
+        return tl.sum(weights * given, 1)[None, :], tl.sum(given * given, 1)[None, :]
+    else:
+        total = tl.zeros((BN, B), tl.float32)                # w on the left: a tile has more of it
+        for _ in range(0, SHARE, BK):
+            given = tl.load(x + row[:, None] * K + k[None, :], mask=(row < rows)[:, None], other=0)
+            weights = tl.load(w + k[None, :])
+            total = tl.dot(weights, given.T, total, input_precision="ieee")
+            k += BK
+        return total.T, tl.zeros((B, 1), tl.float32)
+
+# %% ../nbs/08_inference.ipynb #read-kernel
+@jit
+def read_kernel(x, sizes, parts, before, w, out, unit, rows, N, K, first_before, eps,
+                SECOND: tl.constexpr, SQUARE: tl.constexpr, CAP: tl.constexpr, PARTS: tl.constexpr,
+                B: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
+    """out (rows, N) = norm(x) @ w.T, then perhaps ReLU² or the softcap. With SECOND, outputs from
+    `first_before` on read `before` instead, as it is. `unit` (rows,): 1 over the size of x."""
+    tile = tl.program_id(0)
+    row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
+    second = False
+    if SECOND:
+        second = tile * BN >= first_before
+        x = before if second else x
+    y, squares = times(x, w, rows, tile, 0, K, SHARE, B, BN, BK)
+    if B > 1:
+        part = tl.arange(0, PARTS)[None, :]
+        there = (row < rows) & (part < parts)
+        squares = tl.sum(tl.load(sizes + row * parts + part, mask=there, other=0), 1)[:, None]
+    r = tl.rsqrt(squares / K + eps)                          # of norm(x), only now
+    if SECOND:
+        r = tl.where(second, 1.0, r)
+        tl.store(unit + row + 0 * n, r + 0 * y, mask=(row < rows) & (n == 0))
+    y *= r
+    if SQUARE:
+        y = tl.maximum(y, 0)
+        y *= y
+    if CAP > 0:
+        y = CAP * (2 * tl.sigmoid(y * (2 / CAP)) - 1)        # CAP * tanh(y / CAP)
+    tl.store(out + row * N + n, y, mask=row < rows)
+
+# %% ../nbs/08_inference.ipynb #add-kernel
+@jit
+def add_kernel(x, w, stream, out, sizes, middle, other, a, b, partial, arrived, rows, N, K,
+               KEEP: tl.constexpr, MIX: tl.constexpr, SPLITS: tl.constexpr, B: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
+    """out (rows, N) = stream + x @ w.T; with MIX, a times that plus b times `other`. With KEEP the
+    sum is also kept in `middle`. `sizes` (rows, tiles): out's sums of squares."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
+    here, used, last = row * N + n, row < rows, True
+    y, _ = times(x, w, rows, tile, split * SHARE, K, SHARE, B, BN, BK)
+    if SPLITS > 1:                                           # who comes last adds up, in order
+        tl.store(partial + split * rows * N + here, y, mask=used)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tile, 1) == SPLITS - 1
+        if last:
+            tl.store(arrived + tile, 0)
+            y = tl.zeros((B, BN), tl.float32)
+            for s in range(SPLITS):
+                y += tl.load(partial + s * rows * N + here, mask=used, other=0,
+                             cache_modifier=".cg")
+    if last:
+        y += tl.load(stream + here, mask=used, other=0).to(tl.float32)
+        if KEEP:
+            tl.store(middle + here, y, mask=used)
+        if MIX:
+            y = tl.load(a) * y + tl.load(b) * tl.load(other + here, mask=used, other=0)
+        stored = y.to(out.dtype.element_ty)
+        tl.store(out + here, stored, mask=used)
+        if B > 1:
+            wide, place = stored.to(tl.float32), sizes + row * tl.num_programs(0) + tile
+            tl.store(place, tl.sum(wide * wide, 1)[:, None], mask=used)
+
+# %% ../nbs/08_inference.ipynb #attention-parts
+@jit
+def turn(at, other, cos, sin, scale, eps):
+    """A head's two halves of channels, at `at` and `other`: turned, normed, times `scale`."""
+    a, b = tl.load(at).to(tl.float32), tl.load(other).to(tl.float32)
+    a, b = a * cos + b * sin, b * cos - a * sin
+    r = scale * tl.rsqrt(tl.sum(a * a + b * b) / (2 * a.shape[0]) + eps)
+    return a * r, b * r
+
+
+@jit
+def load_block(keys, values, start, end, new, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys, in halves, and values of BLOCK places from `start` on, and which of these count."""
+    slot, i, d = start + tl.arange(0, BLOCK), tl.arange(0, D // 2), tl.arange(0, D)
+    seen = (slot < end) & (slot != new)
+    at, there = slot[:, None] * D, seen[:, None]
+    return (tl.load(keys + at + i[None, :], mask=there, other=0),
+            tl.load(keys + at + D // 2 + i[None, :], mask=there, other=0),
+            tl.load(values + at + d[None, :], mask=there, other=0), seen)
+
+
+@jit
+def weigh(top, total, y, qa, qb, ka, kb, v, seen):
+    """Add a block to a softmax under way: its largest score, the sum of weights, of values."""
+    score = tl.sum(ka.to(tl.float32) * qa[None, :] + kb.to(tl.float32) * qb[None, :], 1)
+    higher = tl.maximum(top, tl.max(tl.where(seen, score, -1e30)))
+    p, old = tl.where(seen, tl.exp(score - higher), 0), tl.exp(top - higher)
+    y = y * old + tl.sum(p[:, None] * v.to(tl.float32), 0)
+    return higher, total * old + tl.sum(p), y
+
+# %% ../nbs/08_inference.ipynb #new-entry
+@jit
+def new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.constexpr,
+              G: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, GATED: tl.constexpr,
+              GATE: tl.constexpr):
+    """The new token's key (in halves) and value for head `group` of G: 04's `Attention.keys` and
+    its gated value embedding. `q` is where the row's products begin: q, k, v, k_before."""
+    HALF: tl.constexpr = D // 2
+    V0: tl.constexpr = K0 + (G * HALF if BACK else G * D)
+    i, d = tl.arange(0, HALF), tl.arange(0, D)
+    if BACK:                             # the slow half of the channel pairs is of the token before
+        i = tl.where(i < D // 4, K0 + group * HALF + i, V0 + G * D + group * HALF + i - D // 4)
+        a, b = turn(q + i, q + i + D // 4, c, s, scale, eps)
+    else:
+        i += K0 + group * D
+        a, b = turn(q + i, q + i + HALF, c, s, scale, eps)
+    v = tl.load(q + V0 + group * D + d).to(tl.float32)
+    if GATED:
+        g = tl.arange(0, 16)
+        y = tl.load(x + g, mask=g < GATE, other=0).to(tl.float32) * tl.load(unit)
+        opens = tl.sum(y * tl.load(gate + group * GATE + g, mask=g < GATE, other=0).to(tl.float32))
+        v += 3 * tl.sigmoid(opens) * tl.load(table + (token * G + group) * D + d).to(tl.float32)
+    return a, b, v
+
+# %% ../nbs/08_inference.ipynb #join-kernel
+@jit
+def join(partial, arrived, pair, split, top, total, y, D: tl.constexpr, SPLITS: tl.constexpr):
+    """(whether this program is a head's last, the sum of weights, of values) over all splits."""
+    j, d, mine = pair * SPLITS + tl.arange(0, SPLITS), tl.arange(0, D), pair * SPLITS + split
+    tops = partial + tl.num_programs(0) * SPLITS * D         # behind the values
+    totals = tops + tl.num_programs(0) * SPLITS
+    tl.store(partial + mine * D + d, y)
+    tl.store(tops + mine, top)
+    tl.store(totals + mine, total)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived + pair, 1) == SPLITS - 1
+    if last:
+        tl.store(arrived + pair, 0)
+        best = tl.load(tops + j, cache_modifier=".cg")
+        factor = tl.exp(best - tl.max(best))
+        total = tl.sum(factor * tl.load(totals + j, cache_modifier=".cg"))
+        values = tl.load(partial + j[:, None] * D + d[None, :], cache_modifier=".cg")
+        y = tl.sum(factor[:, None] * values, 0)
+    return last, total, y
+
+# %% ../nbs/08_inference.ipynb #attention-kernel
+@jit
+def attention_kernel(q, x, unit, gate, table, ids, positions, cos, sin, keys, values, out, partial,
+                     arrived, q_stride, C, row_stride, head_stride, scale, eps, H: tl.constexpr,
+                     G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, BACK: tl.constexpr,
+                     GATED: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """A row's head: its query over the places of a split, its own new one included and stored."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, head, group = (pair // H).to(tl.int64), pair % H, pair % H // (H // G)
+    i, d = tl.arange(0, D // 2), tl.arange(0, D)
+    keys += row * row_stride + group * head_stride
+    values += row * row_stride + group * head_stride
+    now = tl.load(positions + row).to(tl.int32)
+    new, count = now, now + 1
+    if WINDOW > 0:                                           # a ring of WINDOW + 1 places
+        new, count = now % (WINDOW + 1), tl.minimum(now + 1, WINDOW + 1)
+    share = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
+    start, end = split * share, tl.minimum(split * share + share, count)
+    ka, kb, v, seen = load_block(keys, values, start, end, new, D, BLOCK)
+    c = tl.load(cos + now * (D // 2) + i).to(tl.float32)
+    s = tl.load(sin + now * (D // 2) + i).to(tl.float32)
+    q += row * q_stride
+    qa, qb = turn(q + head * D + i, q + head * D + D // 2 + i, c, s, scale * D ** -0.5, eps)
+    top, total, y = -1e30, 0.0, tl.zeros((D,), tl.float32)
+    if split == 0:
+        na, nb, nv = new_entry(q, x + row * C, unit + row, gate, table, tl.load(ids + row), group,
+                               c, s, scale, eps, H * D, G, D, BACK, GATED, GATE)
+        if head % (H // G) == 0:
+            tl.store(keys + new * D + i, na)
+            tl.store(keys + new * D + D // 2 + i, nb)
+            tl.store(values + new * D + d, nv)
+        top, total, y = tl.sum(qa * na + qb * nb), 1.0, nv
+    for following in range(start + BLOCK, end, BLOCK):       # asked for before it is needed
+        ka2, kb2, v2, seen2 = load_block(keys, values, following, end, new, D, BLOCK)
+        top, total, y = weigh(top, total, y, qa, qb, ka, kb, v, seen)
+        ka, kb, v, seen = ka2, kb2, v2, seen2
+    top, total, y = weigh(top, total, y, qa, qb, ka, kb, v, seen)
+    if SPLITS > 1:
+        last, total, y = join(partial, arrived, pair, split, top, total, y, D, SPLITS)
+        tl.store(out + pair * D + d, y / total, mask=last)
+    else:
+        tl.store(out + pair * D + d, y / total)
+
+# %% ../nbs/08_inference.ipynb #cut
+class Cut:
+    """How a product of N outputs and K inputs is cut among programs."""
+
+    def __init__(self, rows: int, N: int, K: int, size: int, *, splits: int = 1,
+                 edge: int = 0):
+        self.splits = splits
+        if rows == 1:                                        # a warp reads whole rows of the matrix
+            B, self.BN, BK, warps = 1, 1, 1 << (K // splits - 1).bit_length(), 1
+        else:
+            B, warps = max(16, 1 << (rows - 1).bit_length()), 4
+            self.BN, BK = math.gcd(N, edge, 64), math.gcd(K // splits, 256 // size)
+        self.grid = N // self.BN, splits
+        self.numbers = dict(B=B, BN=self.BN, BK=BK, SHARE=K // splits, num_warps=warps,
+                            num_stages=4)
+
+# %% ../nbs/08_inference.ipynb #kernel-step
+class KernelStep:
+    """The step of one token per row on a GPU: what `GPT.hidden` and `next_logits` compute, in five
+    kernels a layer. Holds copies of some weights."""
+    MOST_ROWS = 128
+
+    @torch.inference_mode()
+    def __init__(self, model: GPT):
+        device = model.device
+        self.model, self.size = model, torch.empty(0, dtype=model.dtype).element_size()
+        parts = lambda a: [a.q, a.k, a.v] + ([a.k_before] if a.k_before else [])
+        self.joined = [torch.cat([p.weight for p in parts(block.attn)]) for block in model.blocks]
+        self.resid, self.shares = model.resid_lambdas.float(), model.x0_lambdas.float()
+        self.one, self.back = torch.ones(1, device=device), -model.backout_lambda.float()
+        self.arrived = torch.zeros(2**16, dtype=torch.int32, device=device)
+        self.eps = torch.finfo(torch.float32).eps
+
+    @staticmethod
+    def fits(model: GPT) -> bool:
+        """Whether the kernels can run this model here: plain matrices of sizes they can cut."""
+        c, half = model.config, model.config.n_kv_head * model.config.head_dim // 2
+        return (triton is not None and model.device.type == "cuda" and type(model.wte) is Embedding
+                and c.head_dim & (c.head_dim - 1) == 0
+                and all(n % 16 == 0 for n in (c.head_dim, c.n_embd, half)))
+
+# %% ../nbs/08_inference.ipynb #kernel-products
+@patch_to(KernelStep)
+def _read(self, x: Tensor, sizes: Tensor, parts: int, w: Tensor, *, before: Tensor | None = None,
+            edge: int = 0, square: bool = False, cap: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(`norm(x) @ w.T` and what `read_kernel` makes of it, 1 over the size of each row of x)."""
+    rows, (N, K), second = len(x), w.shape, before is not None
+    out = x.new_empty(rows, N, dtype=torch.float32 if cap else x.dtype)
+    unit, cut = sizes.new_empty(rows), Cut(rows, N, K, self.size, edge=edge)
+    read_kernel[cut.grid](x, sizes, parts, before if second else x, w, out, unit, rows, N, K, edge,
+                          self.eps, SECOND=second, SQUARE=square, CAP=cap,
+                          PARTS=1 << (parts - 1).bit_length(), **cut.numbers)
+    return out, unit
+
+
+@patch_to(KernelStep)
+def _add(self, x: Tensor, w: Tensor, stream: Tensor, *, keep: Tensor | None = None,
+           mix: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, int]:
+    """(`stream + x @ w.T` and what `add_kernel` makes of it, its sums of squares, their number)."""
+    rows, (N, K) = len(x), w.shape
+    splits = next(s for s in (8, 4, 2, 1) if s == 1 or K >= 1024 * s and K % (16 * s) == 0)
+    cut = Cut(rows, N, K, self.size, splits=splits if rows > 1 else 1)
+    out, parts = torch.empty_like(stream), N // cut.BN
+    wide = dict(dtype=torch.float32, device=x.device)
+    sizes, partial = torch.empty(rows, parts, **wide), torch.empty(cut.splits, rows, N, **wide)
+    other, a, b = mix or (stream, self.one, self.one)
+    add_kernel[cut.grid](x, w, stream, out, sizes, stream if keep is None else keep, other, a, b,
+                         partial, self.arrived, rows, N, K, KEEP=keep is not None,
+                         MIX=mix is not None, SPLITS=cut.splits, **cut.numbers)
+    return out, sizes, parts
+
+# %% ../nbs/08_inference.ipynb #kernel-attention
+@patch_to(KernelStep)
+def _attend(self, layer: int, q: Tensor, x: Tensor, unit: Tensor, ids: Tensor,
+              cache: RowCache) -> Tensor:
+    """Attention of the new tokens over the cache, which takes in their keys and values."""
+    model, c, rows = self.model, self.model.config, len(ids)
+    attn, gated = model.blocks[layer].attn, str(layer) in model.value_embeds
+    window, place = cache.index[layer]
+    keys, values = cache.store[window][place]
+    pairs, blocks = rows * c.n_head, -(-kept(window, max(cache.ends) + 1) // 16)
+    splits = 1 << max(0, min(5, (1280 // pairs).bit_length() - 1, (blocks - 1).bit_length()))
+    y = x.new_empty(rows, c.n_head * c.head_dim)
+    partial = torch.empty(pairs, splits, c.head_dim + 2, dtype=torch.float32, device=x.device)
+    table = model.value_embeds[str(layer)].weight if gated else x
+    attention_kernel[pairs, splits](
+        q, x, unit, attn.gate.weight if gated else x, table, ids, cache.positions, model.cos,
+        model.sin, keys, values, y, partial, self.arrived, q.size(1), x.size(1), keys.stride(0),
+        keys.stride(1), attn.qk_scale, self.eps, H=c.n_head, G=c.n_kv_head, D=c.head_dim,
+        WINDOW=window or 0, BACK=attn.k_before is not None, GATED=gated, GATE=GATE_CHANNELS,
+        SPLITS=splits, BLOCK=16 if rows == 1 else 8, num_warps=1)
+    return y
+
+# %% ../nbs/08_inference.ipynb #kernel-step-call
+@patch_to(KernelStep)
+def __call__(self, ids: Tensor, cache: RowCache) -> Tensor:
+    """Logits float32 (B, vocab) of the rows of `cache`, fed ids (B,)."""
+    model, c, rows = self.model, self.model.config, len(ids)
+    cache._grow(rows, max(cache.ends) + 1)
+    new = lambda *shape, dtype=model.dtype: torch.empty(rows, *shape, dtype=dtype,
+                                                        device=ids.device)
+    x, first, now, middle = (new(c.n_embd) for _ in range(4))
+    before, cache.previous_embedding = cache.previous_embedding, now
+    sizes = new(c.n_embd, dtype=torch.float32)
+    embed_kernel[(rows,)](
+        ids, before, model.wte.weight, model.smear_gate.weight, model.smear_lambda, self.resid,
+        self.shares, x, first, now, sizes, 1, c.n_embd, self.eps, SMEAR=SMEAR_CHANNELS,
+        BLOCK=1 << (c.n_embd - 1).bit_length())
+    parts = 1
+    for i, block in enumerate(model.blocks):
+        w, slow = self.joined[i], block.attn.k_before
+        edge = len(w) - (len(slow.weight) if slow else 0)
+        q, unit = self._read(x, sizes, parts, w, before=before, edge=edge)
+        y = self._attend(i, q, x, unit, ids, cache)
+        x, sizes, parts = self._add(y, block.attn.out.weight, x)
+        wide, _ = self._read(x, sizes, parts, block.mlp.up.weight, square=True)
+        mix = ((middle, self.one, self.back) if i + 1 == c.n_layer
+               else (first, self.resid[i + 1:], self.shares[i + 1:]))
+        keep = middle if i == c.n_layer // 2 else None
+        x, sizes, parts = self._add(wide, block.mlp.down.weight, x, keep=keep, mix=mix)
+    cache.advance()
+    return self._read(x, sizes, parts, model.lm_head.weight, cap=SOFTCAP)[0][:, :c.vocab_size]
+
 # %% ../nbs/08_inference.ipynb #step-logits
-def _step_logits(engine: Engine, feed: Tensor) -> Tensor:
-    """Logits (n, vocab) after feeding each of the n rows its token, feed (n, 1)."""
+def _step_logits(engine: Engine, ids: Tensor) -> Tensor:
+    """Logits (n, vocab) after feeding each of the n rows its token, ids (n,)."""
     model, cache = engine.model, engine.cache
     if engine._short:
-        return engine._short(feed[:, 0], cache)
-    if not feed.is_cuda:
-        cache.begin()
-        return next_logits(model, model.hidden(feed, cache)[:, 0])
-    rows = min(1 << (len(feed) - 1).bit_length(), cache.max_rows)
+        return engine._short(ids, cache)
+    if not ids.is_cuda:
+        return long_step(model, ids, cache)
+    rows = min(1 << (len(ids) - 1).bit_length(), cache.max_rows)
     length = -(-(max(cache.ends) + 1) // 128) * 128
     cache._grow(rows, length)
     if engine._recorded_for is not cache.store:
         engine._recorded, engine._recorded_for = {}, cache.store
     if (rows, length) not in engine._recorded:
-        engine._recorded[rows, length] = RecordedStep(model, cache, rows, length)
-    return engine._recorded[rows, length](feed, cache)
+        few = engine._kernels and rows <= KernelStep.MOST_ROWS
+        step = engine._kernels if few else functools.partial(long_step, model)
+        engine._recorded[rows, length] = RecordedStep(step, cache, rows, length)
+    return engine._recorded[rows, length](ids, cache)
+
+# %% ../nbs/08_inference.ipynb #ahead
+class Ahead(NamedTuple):
+    """A step that the GPU is working on, and the cache as it was before."""
+    ids: Tensor                                              # the tokens it chooses, on the GPU
+    copy: Tensor                                             # the same on the CPU, some time later
+    ready: torch.cuda.Event | None                           # when
+    logits: Tensor
+    before: tuple[list[int], Tensor, Tensor]
+
+
+def _begin_step(engine: Engine, ids: Tensor, later: int) -> Ahead:
+    """Start a step fed with ids (n,), for requests that will then have `later` tokens more than
+    now. Waits for nothing."""
+    rows, cache, dials = engine.rows, engine.cache, engine._plan
+    before = cache.ends, cache.positions, cache.previous_embedding
+    logits, uniform = _step_logits(engine, ids), None
+    if not dials.greedy:
+        uniform = _uniforms(rows, later)
+        uniform = uniform.pin_memory().to(ids.device, non_blocking=True) if ids.is_cuda else uniform
+    chosen = choose(logits, uniform, dials)
+    copy, ready = chosen.to("cpu", non_blocking=True), torch.cuda.Event() if ids.is_cuda else None
+    if ready:
+        ready.record()
+    return Ahead(chosen, copy, ready, logits, before)
+
+# %% ../nbs/08_inference.ipynb #sampled
+def _sampled(engine: Engine) -> tuple[list[int], Tensor]:
+    """(the token that each row would take, the logits). Perhaps the next step is under way then."""
+    rows, device = engine.rows, engine.cache.positions.device
+    step, engine._ahead = engine._ahead, None
+    if step is None:
+        ids = torch.tensor([r.ids[-1] for r in rows], device=device)
+        if not engine._goes_ahead:
+            logits = _step_logits(engine, ids)
+            return _choose(rows, logits, engine._plan), logits
+        step = _begin_step(engine, ids, 0)
+    if not any(r.forced or r.top is not None or len(r.ids) + 1 >= r.limit for r in rows):
+        engine._ahead = _begin_step(engine, step.ids, 1)
+    if step.ready:
+        step.ready.synchronize()
+    return step.copy.tolist(), step.logits
+
+
+def _take_back(engine: Engine) -> None:
+    """Undo a step that was begun before its time. What it wrote is written over."""
+    if engine._ahead:
+        cache = engine.cache
+        cache.ends, cache.positions, cache.previous_embedding = engine._ahead.before
+        engine._ahead = None
 
 # %% ../nbs/08_inference.ipynb #decode
 def _decode(engine: Engine) -> None:
     """Feed every row its latest token and choose its next."""
     rows, cache = engine.rows, engine.cache
     engine._plan = engine._plan or Dials([r.dial for r in rows], cache.positions.device)
-    feed = torch.tensor([r.ids[-1] for r in rows], device=cache.positions.device)[:, None]
-    logits = _step_logits(engine, feed)
+    sampled, logits = _sampled(engine)
+    calls = _take_all(engine, rows, sampled, logits)
     gone = []
-    for i, (request, call) in enumerate(zip(rows, _take_all(engine, rows, logits, engine._plan))):
+    for i, (request, call) in enumerate(zip(rows, calls)):
         if request.finish_reason or _start_tool(engine, request, call,
-                                                lambda i=i: cache.snapshot(i)):
+                                                lambda i=i: _snapshot(engine, i)):
             gone.append(i)
     for i in reversed(gone):
         _leave(engine, i)
 
+
+def _snapshot(engine: Engine, row: int) -> Snapshot:
+    _take_back(engine)
+    return engine.cache.snapshot(row)
+
 # %% ../nbs/08_inference.ipynb #take
-def _take_all(engine: Engine, requests: list[Request], logits: Tensor,
-              dials: Dials) -> list[str | None]:
+def _take_all(engine: Engine, requests: list[Request], sampled: list[int],
+              logits: Tensor) -> list[str | None]:
     """Give each request its next token; the texts of the tool calls that these complete."""
-    tokens = [r.forced[0] if r.forced else sampled
-              for r, sampled in zip(requests, _choose(requests, logits, dials))]
+    tokens = [r.forced[0] if r.forced else token for r, token in zip(requests, sampled)]
     told = _logprobs(requests, tokens, logits)
     return [_take(engine, r, token, told.get(i))
             for i, (r, token) in enumerate(zip(requests, tokens))]
@@ -947,6 +1374,7 @@ def _take(engine: Engine, request: Request, token: int, logprob: Logprob | None)
 
 def _leave(engine: Engine, row: int) -> None:
     """Take a row out; as in the cache, the last one moves into its place."""
+    _take_back(engine)
     engine.cache.leave(row)
     engine.rows[row] = engine.rows[-1]
     engine.rows.pop()

@@ -1,8 +1,10 @@
 """What only a GPU can show. Skipped where there is none."""
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nanochat_nb.inference import Engine
+from nanochat_nb.inference import Engine, KernelStep, RowCache, long_step, prefill
 from nanochat_nb.model import GPT, Fp8Product, GPTConfig, attend_near, train_in_fp8, visible
 from nanochat_nb.optimizer import adamw_update, fused_adamw_update
 
@@ -18,7 +20,7 @@ class Words:
 
 def shaken(dtype, **changes):
     """A model of windows, value embeddings and keys that look back, in which nothing is zero."""
-    config = GPTConfig.from_depth(4, vocab_size=512, sequence_len=256, head_dim=64, **changes)
+    config = replace(GPTConfig.from_depth(4, vocab_size=512, sequence_len=256, head_dim=64), **changes)
     model = GPT(config, dtype=dtype).init_weights(0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -115,3 +117,23 @@ def test_recorded_steps_write_what_the_whole_model_says():
     crowd = engine.generate(prompts, seed=list(range(7)), **dials)
     alone = [Engine(model, Words()).generate([p], seed=i, **dials)[0] for i, p in enumerate(prompts)]
     assert [c[0].ids for c in crowd] == [a[0].ids for a in alone]
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("lengths", [[130], [1, 5, 130, 200], [3 * i + 1 for i in range(40)]])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2}, {"n_layer": 1, "look_back_layers": (), "value_embed_layers": (0,)}])
+def test_a_step_of_kernels_writes_what_the_models_own_step_does(dtype, tolerance, lengths, changes):
+    model = shaken(dtype, **changes).cuda().inference_copy()
+    assert KernelStep.fits(model)
+    prompts = [torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    with torch.inference_mode():
+        snapshots, logits = prefill(model, prompts)
+        caches = [RowCache(model.config, len(lengths), 256, model.device, dtype) for _ in range(2)]
+        for cache in caches:
+            for snapshot in snapshots:
+                cache.enter(snapshot)
+        step, ids = KernelStep(model), logits.argmax(-1)
+        for _ in range(4):
+            ours, theirs = step(ids, caches[0]), long_step(model, ids, caches[1])
+            assert distance(ours, theirs.double().cpu()) < tolerance
+            ids = theirs.argmax(-1)

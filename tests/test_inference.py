@@ -1,5 +1,9 @@
 """The engine: equal to the naive loop in every mix, deaf to its neighbours, and polite when interrupted."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +259,67 @@ def test_a_parked_row_comes_back_as_it_was(tok, monkeypatch):
     while engine.busy:
         got += [t for e in engine.step() if e.request == 1 for t in e.ids]
     assert got == want
+
+
+def crowd(engine, stops):
+    """Answers in a small engine: cold and warm ones, own stops, some that come later, two that are cancelled."""
+    dials = [dict(temperature=0), dict(temperature=0.9, top_k=20), dict(temperature=1.1, top_p=0.9), dict(temperature=0, logprobs=2)]
+    ask = lambda i: engine.submit([1, 2 + i] * (1 + 9 * i), max_new_tokens=30 + i, tools=False, seed=i, stop=stops[i:i + 1], **dials[i % 4])
+    numbers, answers, under_way = [ask(i) for i in range(5)], {}, 0
+    for step in range(200):
+        if step in (4, 9):
+            numbers.append(ask(5 + step % 2))
+        if step in (6, 20):
+            engine.cancel(engine.rows[0].number)
+        for event in engine.step():
+            answers.setdefault(event.request, []).extend([*event.ids, event.finish_reason])
+        under_way += engine._ahead is not None
+    assert not engine.busy and engine._ahead is None
+    return [answers[n] for n in numbers], under_way
+
+
+def test_a_step_begun_before_its_time_changes_nothing(tok):
+    first, never = crowd(Engine(make_model(), tok, max_batch=3), [])
+    written = [[t for t in answer if isinstance(t, int)] for answer in first]
+    stops = [ids[len(ids) // 2] for ids in written]
+    for own in ([], stops):
+        want, never = crowd(Engine(make_model(), tok, max_batch=3), own)
+        eager = Engine(make_model(), tok, max_batch=3)
+        eager._goes_ahead = True
+        got, under_way = crowd(eager, own)
+        assert got == want and never == 0 and under_way > 9
+    assert sum("stop" in answer for answer in want) > 2
+
+
+def test_a_tool_takes_back_the_step_begun_before_its_time(tok, monkeypatch):
+    """The next token depends on the last alone, so a call comes again after each result, and with it forced tokens."""
+    call = [tok.special("<|python_start|>"), *tok.encode("6*7"), tok.special("<|python_end|>")]
+    after = {a: b for a, b in zip(call, call[1:] + call[:1])}
+    plain = inference._step_logits
+
+    def steps(engine, ids):
+        logits = plain(engine, ids)
+        following = torch.tensor([after.get(i, call[0]) for i in ids.tolist()])
+        return torch.full_like(logits, -9).scatter(1, following[:, None], 9.0)
+
+    monkeypatch.setattr(inference, "_step_logits", steps)
+    found = []
+    for ahead in (False, True):
+        engine = Engine(make_model(), tok)
+        engine._goes_ahead = ahead
+        found.append(engine.generate([[1, 2], [3]], max_new_tokens=60, temperature=0))
+    assert found[0] == found[1] and "<|output_start|>42<|output_end|>" in tok.decode(found[1][0][0].ids)
+
+
+INTERPRETER = Path(sys.prefix) / "interpreter"               # run_all.sh test puts Triton there
+
+
+@pytest.mark.skipif(not (INTERPRETER / "triton").is_dir(), reason="Triton is not installed")
+def test_the_kernels_compute_what_the_model_does_in_tritons_interpreter():
+    root = Path(__file__).parents[1]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (INTERPRETER, root)))}
+    done = subprocess.run([sys.executable, "-W", "ignore", "tests/kernels.py"], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4, done.stdout + done.stderr[-2000:]
 
 
 def test_command_line_errors(tmp_path):
