@@ -5,14 +5,16 @@
 `stranger.json` holds six questions for each topic of `static/talk.toml`'s tables "identity" and "small_talk", written from the
 topics' names alone; 90 questions about our world, 40 requests and 30 lines of noise, to which the right answer is that it does
 not know, cannot do it, or did not understand; 30 introductions ("Hi! I am Tom and I live in Berlin"), of which something is
-asked in the next turn; and 40 each of bare sums, problems in words and spelling questions. A reply counts when it contains the
-topic's word, or ends with the right number or letters; the likeliest token is taken. The second column leaves out what is, but
+asked in the next turn; 40 each of bare sums, problems in words and spelling questions; and 48 requests for a small program,
+written from a description of what such programs can do. A reply counts when it contains the topic's word, ends with the right
+number or letters, or its function, whatever its name, passes three tests; the likeliest token is taken. The second column leaves out what is, but
 for spelling, one of the course's own lines. The last rows ask the held-out questions of the evaluation twice: as they are
 written, and as somebody in haste types them.
 """
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 from nanochat_nb.checkpoint import load_model
@@ -20,7 +22,7 @@ from nanochat_nb.corpus import in_haste, talk, turns, ways
 from nanochat_nb.inference import Engine
 from nanochat_nb.rl import answer_text
 from nanochat_nb.runtime import start_runtime
-from nanochat_nb.tasks import contains_phrase, embedded_task, judge_letters, judge_number
+from nanochat_nb.tasks import contains_phrase, embedded_task, judge_letters, judge_number, judge_program
 
 
 def word_of(table: str, topic: str) -> str:
@@ -36,9 +38,16 @@ def ask(engine: Engine, tokenizer, conversations: list[list[str]], max_new_token
     return [answer_text(tokenizer, group[0].ids) for group in groups]
 
 
+def judge_function(question: dict, reply: str) -> bool:
+    """The function that the reply defines, whatever its name, passes the question's tests."""
+    name = re.search(r"def (\w+)\(", reply)
+    tests = [f"assert {name and name[1]}({given!r}) == {expected!r}" for given, expected in question["tests"]]
+    return name is not None and judge_program(question | {"tests": tests}, reply)
+
+
 def skills(engine: Engine, tokenizer, questions: dict[str, list[dict]], misses: bool) -> None:
-    """Sums, problems in words, and spelling, in a stranger's words."""
-    for kind, judge in (("sum", judge_number), ("problem", judge_number), ("letters", judge_letters)):
+    """Sums, problems in words, spelling and programs, in a stranger's words."""
+    for kind, judge in (("sum", judge_number), ("problem", judge_number), ("letters", judge_letters), ("program", judge_function)):
         asked = [q | {"messages": turns(q["ask"], "")} for q in questions[kind]]
         replies = ask(engine, tokenizer, [[q["ask"]] for q in asked], max_new_tokens=160)
         right = [judge(q, r) for q, r in zip(asked, replies)]
@@ -71,7 +80,7 @@ def main() -> None:
     engine = Engine(model, tokenizer)
     questions = json.loads(Path(__file__).with_name("stranger.json").read_text(encoding="utf-8"))
     introductions = questions.pop("introduction")
-    of_skill = {kind: questions.pop(kind) for kind in ("sum", "problem", "letters")}
+    of_skill = {kind: questions.pop(kind) for kind in ("sum", "problem", "letters", "program")}
     print("| table | all | not among the course's lines |\n|---|---:|---:|")
     for table, topics in questions.items():
         known = set().union(*(ways(line) for topic in talk()[table].values() for line in topic["asks"]))

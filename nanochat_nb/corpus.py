@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -41,10 +41,10 @@ __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 
            'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud',
            'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings',
            'word_problem', 'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function',
-           'small_function', 'code', 'turns', 'message_text', 'talk', 'practice', 'fillers', 'ways', 'lines_of',
-           'conversations', 'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text',
-           'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file',
-           'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'small_function', 'code', 'turns', 'message_text', 'plainly', 'talk', 'practice', 'fillers', 'ways',
+           'lines_of', 'conversations', 'check_conversation', 'as_text', 'transcript', 'Document', 'world_document',
+           'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced',
+           'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -1421,7 +1421,8 @@ def _number_function(rng: random.Random) -> Function:
     return Function(name, "x", f"Return {doc}.", expression)
 
 # %% ../nbs/01_corpus.ipynb #text-function
-def _text_function(rng: random.Random) -> Function:
+def _text_function(rng: random.Random, *, bare: bool = False) -> Function:
+    """With `bare` some do one thing only, without changing the text before."""
     n, a = rng.randrange(2, 9), pick(rng, "abcdefghijklmnoprstuvw")
     steps = rng.sample((
         ("reversed", "reversed", "[::-1]"),
@@ -1437,6 +1438,9 @@ def _text_function(rng: random.Random) -> Function:
         (f"starts_with_{a}_", f"Tell if it starts with {a}: the text", f".startswith('{a}')"),
         (f"repeat_{n}_times_", f"Repeat {n} times the text", f" * {n}"),
         ("words_of_", "Return the list of words of the text", ".split()")))
+    if bare and verb:
+        return Function(verb.strip("_").removesuffix("_in").removesuffix("_of"), "text",
+                        f"{doc}.", "text" + end)
     names, docs, calls = zip(*steps)
     return Function(verb + "_".join(names), "text", f"{doc} {' and then '.join(docs)}.",
                     "text" + "".join(calls) + end)
@@ -1447,11 +1451,12 @@ EXAMPLE_INPUTS = {"numbers": ([], [1, 2, 3, 4], [7, 12, 5, 30, 8], [10, 3, 9, 6,
                   "text": ("", "banana", " Hello World ", "river and garden", "Apple tree")}
 
 
-def small_function(rng: random.Random, split: str) -> Function:
+def small_function(rng: random.Random, split: str, *, bare: bool = False) -> Function:
     """A function over a number, a list of numbers or a text, whose combination of parts belongs to
     `split`."""
+    text_function = partial(_text_function, bare=bare)
     while True:
-        function = pick(rng, (_list_function, _number_function, _text_function))(rng)
+        function = pick(rng, (_list_function, _number_function, text_function))(rng)
         if split_of("code", function.argument, function.expression) == split:
             return function
 
@@ -1586,12 +1591,24 @@ def _choice_aloud(world: World, rng: random.Random, split: str) -> dict:
 _CODE_BLOCK = 'Complete this Python function:\n```python\ndef {n}({a}):\n    """{d}"""\n```'
 
 
+def plainly(f: Function, rng: random.Random) -> str:
+    """What `f` does, as people say it: "adds up the even numbers in a list"."""
+    said = f.doc.rstrip(".")
+    for line in wordings()["code"]["says"]:
+        pattern, ways_to_say = line.split(" => ")
+        said = re.sub(pattern, lambda m: m.expand(say(ways_to_say, rng, {})), said)
+    return said
+
+
 def _code(world: World, rng: random.Random, split: str) -> dict:
     """Write a function. `tests` are assert lines whose expected values come from the
     specification."""
-    f = small_function(rng, split)
+    plain = rng.random() < 0.5
+    f = small_function(rng, split, bare=plain)
     line = _CODE_BLOCK if rng.random() < 0.2 else pick(rng, wordings()["code"]["asks"])
-    request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc})
+    line = pick(rng, wordings()["code"]["plain"]) if plain else line
+    does = plainly(f, rng) if plain else ""
+    request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc, "does": does})
     tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}"
                       for value in EXAMPLE_INPUTS[f.argument])
     return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests,
