@@ -68,9 +68,9 @@ install_test_tools() {
       echo "could not install requirements-test.lock; the tests that need it will skip"
     fi
   fi
-  # Triton beside the environment, not in it: its interpreter runs the GPU's kernels (08) on a CPU
-  if [ ! -d "$here/.venv/interpreter/triton" ]; then
-    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$here/.venv/interpreter" triton==3.8.0 \
+  # Triton, whose interpreter runs the GPU's kernels (08) on a CPU: beside the environment, since in it PyTorch would try to use it
+  if [ ! -d "$here/.venv/interpreter/triton-3.8.0.dist-info" ]; then
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$here/.venv/interpreter" triton==3.8.0 \
       || echo "could not install triton; the test of the GPU's kernels will skip"
   fi
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0

@@ -14,7 +14,6 @@ written, and as somebody in haste types them.
 import argparse
 import json
 import random
-import re
 from pathlib import Path
 
 from nanochat_nb.checkpoint import load_model
@@ -38,25 +37,16 @@ def ask(engine: Engine, tokenizer, conversations: list[list[str]], max_new_token
     return [answer_text(tokenizer, group[0].ids) for group in groups]
 
 
-def judge_function(question: dict, reply: str) -> bool:
-    """The function that the reply defines, whatever its name, passes the question's tests."""
-    name = re.search(r"def (\w+)\(", reply)
-    tests = [f"assert {name and name[1]}({given!r}) == {expected!r}" for given, expected in question["tests"]]
-    return name is not None and judge_program(question | {"tests": tests}, reply)
-
-
 def skills(engine: Engine, tokenizer, questions: dict[str, list[dict]], misses: bool) -> None:
     """Sums, problems in words, spelling and programs, in a stranger's words."""
-    for kind, judge in (("sum", judge_number), ("problem", judge_number), ("letters", judge_letters), ("program", judge_function)):
-        asked = [q | {"messages": turns(q["ask"], "")} for q in questions[kind]]
+    for kind, judge in (("sum", judge_number), ("problem", judge_number), ("letters", judge_letters), ("program", judge_program)):
+        asked = [q | {"messages": turns(q["ask"], ""), "entry_point": "f", "unnamed": True} for q in questions[kind]]
         replies = ask(engine, tokenizer, [[q["ask"]] for q in asked], max_new_tokens=160)
         right = [judge(q, r) for q, r in zip(asked, replies)]
         print(f"| {kind} | {sum(right) / len(right):.1%} of {len(right)} | |")
         for ok, q, r in zip(right, asked, replies) if misses else ():
             if not ok:
                 print(f"    {q['ask']} -> {r!r}")
-
-
 def haste(engine: Engine, tokenizer) -> None:
     """The evaluation's own questions, as they are and in haste."""
     for kind in ("fact", "unknown", "letters", "word_problem"):

@@ -1422,7 +1422,7 @@ def _number_function(rng: random.Random) -> Function:
 
 # %% ../nbs/01_corpus.ipynb #text-function
 def _text_function(rng: random.Random, *, bare: bool = False) -> Function:
-    """With `bare` some do one thing only, without changing the text before."""
+    """With `bare`, what counts, repeats, splits or looks at the start takes the text as it is."""
     n, a = rng.randrange(2, 9), pick(rng, "abcdefghijklmnoprstuvw")
     steps = rng.sample((
         ("reversed", "reversed", "[::-1]"),
@@ -1439,8 +1439,7 @@ def _text_function(rng: random.Random, *, bare: bool = False) -> Function:
         (f"repeat_{n}_times_", f"Repeat {n} times the text", f" * {n}"),
         ("words_of_", "Return the list of words of the text", ".split()")))
     if bare and verb:
-        return Function(verb.strip("_").removesuffix("_in").removesuffix("_of"), "text",
-                        f"{doc}.", "text" + end)
+        return Function(re.sub("(_in|_of)?_$", "", verb), "text", f"{doc}.", "text" + end)
     names, docs, calls = zip(*steps)
     return Function(verb + "_".join(names), "text", f"{doc} {' and then '.join(docs)}.",
                     "text" + "".join(calls) + end)
@@ -1603,16 +1602,17 @@ def plainly(f: Function, rng: random.Random) -> str:
 def _code(world: World, rng: random.Random, split: str) -> dict:
     """Write a function. `tests` are assert lines whose expected values come from the
     specification."""
-    plain = rng.random() < 0.5
+    plain, lines = rng.random() < 0.5, wordings()["code"]
     f = small_function(rng, split, bare=plain)
-    line = _CODE_BLOCK if rng.random() < 0.2 else pick(rng, wordings()["code"]["asks"])
-    line = pick(rng, wordings()["code"]["plain"]) if plain else line
-    does = plainly(f, rng) if plain else ""
-    request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc, "does": does})
+    if plain:
+        request = say(pick(rng, lines["plain"]), rng, {"does": plainly(f, rng)})
+    else:
+        line = _CODE_BLOCK if rng.random() < 0.2 else pick(rng, lines["asks"])
+        request = say(line, rng, {"n": f.name, "a": f.argument, "d": f.doc})
     tests = "\n".join(f"assert {f.name}({value!r}) == {f(value)!r}"
                       for value in EXAMPLE_INPUTS[f.argument])
     return {"messages": turns(request, f"```python\n{f.source()}```"), "tests": tests,
-            "entry_point": f.name, "topic": f.argument}
+            "entry_point": f.name, "unnamed": plain, "topic": f.argument}
 
 # %% ../nbs/01_corpus.ipynb #topic
 @lru_cache(maxsize=1)

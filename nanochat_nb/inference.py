@@ -9,6 +9,8 @@ import argparse
 import codecs
 import functools
 import math
+import os
+import shutil
 import signal
 import sys
 from collections import deque
@@ -38,9 +40,9 @@ __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', '
            'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
            'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'long_step', 'Unit',
            'turned', 'Product', 'Place', 'places', 'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel',
-           'times', 'read_kernel', 'add_kernel', 'turn', 'load_block', 'weigh', 'new_entry', 'join', 'attention_kernel',
-           'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8', 'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy',
-           'weight_bytes', 'run_folder', 'best_stage', 'chat', 'main']
+           'read_kernel', 'add_kernel', 'attention_kernel', 'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8',
+           'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder', 'best_stage', 'chat',
+           'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -492,7 +494,9 @@ class Engine:
         self.prefixes: dict[tuple[int, ...], tuple[Snapshot, Tensor]] = {}
         self._numbers, self._pool = 0, None
         self._recorded, self._recorded_for = {}, None        # recorded steps, the memory they read
+        self._kernels: KernelStep | None = None              # how a GPU makes a step
         self._ahead: Ahead | None = None                     # a step begun before its time
+        self._goes_ahead = False
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []                        # row i of the cache is rows[i]
         self.parked: dict[Future, tuple[Request, Snapshot]] = {}  # waiting for their program to end
@@ -916,9 +920,10 @@ except ImportError:
 
 
 @jit
-def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, now, sizes, parts,
+def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, now, squares,
                  C, eps, SMEAR: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's embedding, normed and smeared (`first`), and what the first layer reads (`x`)."""
+    """A row's embedding, normed and smeared (`first`), what the first layer reads (`x`), and the
+    sum of its squares. All but `squares` (rows,) are (rows, C)."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     here, inside = row * C + c, c < C
     e = tl.load(table + tl.load(ids + row) * C + c, mask=inside, other=0).to(tl.float32)
@@ -932,11 +937,11 @@ def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, no
     e = (e * (tl.load(resid) + tl.load(shares))).to(x.dtype.element_ty)
     tl.store(x + here, e, mask=inside)
     e = e.to(tl.float32)
-    tl.store(sizes + row * parts + c, tl.where(c == 0, tl.sum(e * e), 0), mask=c < parts)
+    tl.store(squares + row, tl.sum(e * e))
 
 # %% ../nbs/08_inference.ipynb #times-kernel
 @jit
-def times(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
+def _product(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
           BK: tl.constexpr):
     """x (rows, K) @ w.T for BN of w's rows, of SHARE inputs from `start`: float32 (B, BN), and for
     one row also its sum of squares."""
@@ -959,27 +964,28 @@ def times(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, BN: 
 
 # %% ../nbs/08_inference.ipynb #read-kernel
 @jit
-def read_kernel(x, sizes, parts, before, w, out, unit, rows, N, K, first_before, eps,
+def read_kernel(x, squares, parts, before, w, out, unit, rows, N, K, edge, eps,
                 SECOND: tl.constexpr, SQUARE: tl.constexpr, CAP: tl.constexpr, PARTS: tl.constexpr,
                 B: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
-    """out (rows, N) = norm(x) @ w.T, then perhaps ReLU² or the softcap. With SECOND, outputs from
-    `first_before` on read `before` instead, as it is. `unit` (rows,): 1 over the size of x."""
+    """out (rows, N) = norm(x) @ w.T, then perhaps ReLU² or the softcap; x is (rows, K), w (N, K).
+
+    With SECOND, outputs from `edge` on read `before` (rows, K) instead, as it is. `squares` (rows,
+    parts) add up to x's sum of squares; `unit` (rows,) becomes 1 over x's size.
+    """
     tile = tl.program_id(0)
     row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
     second = False
     if SECOND:
-        second = tile * BN >= first_before
+        second = tile * BN >= edge
         x = before if second else x
-    y, squares = times(x, w, rows, tile, 0, K, SHARE, B, BN, BK)
+    y, total = _product(x, w, rows, tile, 0, K, SHARE, B, BN, BK)
     if B > 1:
         part = tl.arange(0, PARTS)[None, :]
         there = (row < rows) & (part < parts)
-        squares = tl.sum(tl.load(sizes + row * parts + part, mask=there, other=0), 1)[:, None]
-    r = tl.rsqrt(squares / K + eps)                          # of norm(x), only now
-    if SECOND:
-        r = tl.where(second, 1.0, r)
-        tl.store(unit + row + 0 * n, r + 0 * y, mask=(row < rows) & (n == 0))
-    y *= r
+        total = tl.sum(tl.load(squares + row * parts + part, mask=there, other=0), 1)[:, None]
+    r = tl.rsqrt(total / K + eps)                            # of norm(x), only now
+    tl.store(unit + row + 0 * n, r + 0 * y, mask=(row < rows) & (n == 0))
+    y *= tl.where(second, 1.0, r)
     if SQUARE:
         y = tl.maximum(y, 0)
         y *= y
@@ -989,18 +995,19 @@ def read_kernel(x, sizes, parts, before, w, out, unit, rows, N, K, first_before,
 
 # %% ../nbs/08_inference.ipynb #add-kernel
 @jit
-def add_kernel(x, w, stream, out, sizes, middle, other, a, b, partial, arrived, rows, N, K,
+def add_kernel(x, w, stream, out, squares, middle, other, a, b, partial, arrived, rows, N, K,
                KEEP: tl.constexpr, MIX: tl.constexpr, SPLITS: tl.constexpr, B: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
-    """out (rows, N) = stream + x @ w.T; with MIX, a times that plus b times `other`. With KEEP the
-    sum is also kept in `middle`. `sizes` (rows, tiles): out's sums of squares."""
+    """out = stream + x @ w.T; with MIX, a times that plus b times `other`. With KEEP the sum is
+    also kept in `middle`. x is (rows, K), w (N, K), the others (rows, N), but `squares` (rows,
+    programs): the sum of squares of each program's outputs."""
     tile, split = tl.program_id(0), tl.program_id(1)
     row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
     here, used, last = row * N + n, row < rows, True
-    y, _ = times(x, w, rows, tile, split * SHARE, K, SHARE, B, BN, BK)
+    y, _ = _product(x, w, rows, tile, split * SHARE, K, SHARE, B, BN, BK)
     if SPLITS > 1:                                           # who comes last adds up, in order
         tl.store(partial + split * rows * N + here, y, mask=used)
-        tl.debug_barrier()
+        tl.debug_barrier()                                   # all have stored before one counts
         last = tl.atomic_add(arrived + tile, 1) == SPLITS - 1
         if last:
             tl.store(arrived + tile, 0)
@@ -1017,12 +1024,12 @@ def add_kernel(x, w, stream, out, sizes, middle, other, a, b, partial, arrived, 
         stored = y.to(out.dtype.element_ty)
         tl.store(out + here, stored, mask=used)
         if B > 1:
-            wide, place = stored.to(tl.float32), sizes + row * tl.num_programs(0) + tile
+            wide, place = stored.to(tl.float32), squares + row * tl.num_programs(0) + tile
             tl.store(place, tl.sum(wide * wide, 1)[:, None], mask=used)
 
 # %% ../nbs/08_inference.ipynb #attention-parts
 @jit
-def turn(at, other, cos, sin, scale, eps):
+def _turn_head(at, other, cos, sin, scale, eps):
     """A head's two halves of channels, at `at` and `other`: turned, normed, times `scale`."""
     a, b = tl.load(at).to(tl.float32), tl.load(other).to(tl.float32)
     a, b = a * cos + b * sin, b * cos - a * sin
@@ -1031,7 +1038,7 @@ def turn(at, other, cos, sin, scale, eps):
 
 
 @jit
-def load_block(keys, values, start, end, new, D: tl.constexpr, BLOCK: tl.constexpr):
+def _load_block(keys, values, start, end, new, D: tl.constexpr, BLOCK: tl.constexpr):
     """Keys, in halves, and values of BLOCK places from `start` on, and which of these count."""
     slot, i, d = start + tl.arange(0, BLOCK), tl.arange(0, D // 2), tl.arange(0, D)
     seen = (slot < end) & (slot != new)
@@ -1042,7 +1049,7 @@ def load_block(keys, values, start, end, new, D: tl.constexpr, BLOCK: tl.constex
 
 
 @jit
-def weigh(top, total, y, qa, qb, ka, kb, v, seen):
+def _weigh(top, total, y, qa, qb, ka, kb, v, seen):
     """Add a block to a softmax under way: its largest score, the sum of weights, of values."""
     score = tl.sum(ka.to(tl.float32) * qa[None, :] + kb.to(tl.float32) * qb[None, :], 1)
     higher = tl.maximum(top, tl.max(tl.where(seen, score, -1e30)))
@@ -1052,7 +1059,7 @@ def weigh(top, total, y, qa, qb, ka, kb, v, seen):
 
 # %% ../nbs/08_inference.ipynb #new-entry
 @jit
-def new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.constexpr,
+def _new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.constexpr,
               G: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, GATED: tl.constexpr,
               GATE: tl.constexpr):
     """The new token's key (in halves) and value for head `group` of G: 04's `Attention.keys` and
@@ -1062,10 +1069,10 @@ def new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.co
     i, d = tl.arange(0, HALF), tl.arange(0, D)
     if BACK:                             # the slow half of the channel pairs is of the token before
         i = tl.where(i < D // 4, K0 + group * HALF + i, V0 + G * D + group * HALF + i - D // 4)
-        a, b = turn(q + i, q + i + D // 4, c, s, scale, eps)
+        a, b = _turn_head(q + i, q + i + D // 4, c, s, scale, eps)
     else:
         i += K0 + group * D
-        a, b = turn(q + i, q + i + HALF, c, s, scale, eps)
+        a, b = _turn_head(q + i, q + i + HALF, c, s, scale, eps)
     v = tl.load(q + V0 + group * D + d).to(tl.float32)
     if GATED:
         g = tl.arange(0, 16)
@@ -1076,7 +1083,7 @@ def new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.co
 
 # %% ../nbs/08_inference.ipynb #join-kernel
 @jit
-def join(partial, arrived, pair, split, top, total, y, D: tl.constexpr, SPLITS: tl.constexpr):
+def _join(partial, arrived, pair, split, top, total, y, D: tl.constexpr, SPLITS: tl.constexpr):
     """(whether this program is a head's last, the sum of weights, of values) over all splits."""
     j, d, mine = pair * SPLITS + tl.arange(0, SPLITS), tl.arange(0, D), pair * SPLITS + split
     tops = partial + tl.num_programs(0) * SPLITS * D         # behind the values
@@ -1084,7 +1091,7 @@ def join(partial, arrived, pair, split, top, total, y, D: tl.constexpr, SPLITS: 
     tl.store(partial + mine * D + d, y)
     tl.store(tops + mine, top)
     tl.store(totals + mine, total)
-    tl.debug_barrier()
+    tl.debug_barrier()                                       # all have stored before one counts
     last = tl.atomic_add(arrived + pair, 1) == SPLITS - 1
     if last:
         tl.store(arrived + pair, 0)
@@ -1114,14 +1121,14 @@ def attention_kernel(q, x, unit, gate, table, ids, positions, cos, sin, keys, va
         new, count = now % (WINDOW + 1), tl.minimum(now + 1, WINDOW + 1)
     share = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
     start, end = split * share, tl.minimum(split * share + share, count)
-    ka, kb, v, seen = load_block(keys, values, start, end, new, D, BLOCK)
+    ka, kb, v, seen = _load_block(keys, values, start, end, new, D, BLOCK)
     c = tl.load(cos + now * (D // 2) + i).to(tl.float32)
     s = tl.load(sin + now * (D // 2) + i).to(tl.float32)
     q += row * q_stride
-    qa, qb = turn(q + head * D + i, q + head * D + D // 2 + i, c, s, scale * D ** -0.5, eps)
+    qa, qb = _turn_head(q + head * D + i, q + head * D + D // 2 + i, c, s, scale * D ** -0.5, eps)
     top, total, y = -1e30, 0.0, tl.zeros((D,), tl.float32)
     if split == 0:
-        na, nb, nv = new_entry(q, x + row * C, unit + row, gate, table, tl.load(ids + row), group,
+        na, nb, nv = _new_entry(q, x + row * C, unit + row, gate, table, tl.load(ids + row), group,
                                c, s, scale, eps, H * D, G, D, BACK, GATED, GATE)
         if head % (H // G) == 0:
             tl.store(keys + new * D + i, na)
@@ -1129,86 +1136,91 @@ def attention_kernel(q, x, unit, gate, table, ids, positions, cos, sin, keys, va
             tl.store(values + new * D + d, nv)
         top, total, y = tl.sum(qa * na + qb * nb), 1.0, nv
     for following in range(start + BLOCK, end, BLOCK):       # asked for before it is needed
-        ka2, kb2, v2, seen2 = load_block(keys, values, following, end, new, D, BLOCK)
-        top, total, y = weigh(top, total, y, qa, qb, ka, kb, v, seen)
+        ka2, kb2, v2, seen2 = _load_block(keys, values, following, end, new, D, BLOCK)
+        top, total, y = _weigh(top, total, y, qa, qb, ka, kb, v, seen)
         ka, kb, v, seen = ka2, kb2, v2, seen2
-    top, total, y = weigh(top, total, y, qa, qb, ka, kb, v, seen)
+    top, total, y = _weigh(top, total, y, qa, qb, ka, kb, v, seen)
     if SPLITS > 1:
-        last, total, y = join(partial, arrived, pair, split, top, total, y, D, SPLITS)
+        last, total, y = _join(partial, arrived, pair, split, top, total, y, D, SPLITS)
         tl.store(out + pair * D + d, y / total, mask=last)
     else:
         tl.store(out + pair * D + d, y / total)
 
 # %% ../nbs/08_inference.ipynb #cut
 class Cut:
-    """How a product of N outputs and K inputs is cut among programs."""
+    """How a product of N outputs and K inputs is cut among programs: `size` bytes a number,
+    `memory` bytes of fast memory for a program. No tile lies on both sides of output `edge`."""
 
-    def __init__(self, rows: int, N: int, K: int, size: int, *, splits: int = 1,
+    def __init__(self, rows: int, N: int, K: int, *, size: int, memory: int, splits: int = 1,
                  edge: int = 0):
         self.splits = splits
-        if rows == 1:                                        # a warp reads whole rows of the matrix
-            B, self.BN, BK, warps = 1, 1, 1 << (K // splits - 1).bit_length(), 1
+        if rows == 1:                                        # a warp reads a row of the matrix
+            B, self.BN, BK, warps, stages = 1, 1, 1 << (K // splits - 1).bit_length(), 1, 1
         else:
-            B, warps = max(16, 1 << (rows - 1).bit_length()), 4
+            B, warps = max(16, 1 << (rows - 1).bit_length()), 4          # tl.dot wants 16 or more
             self.BN, BK = math.gcd(N, edge, 64), math.gcd(K // splits, 256 // size)
+            stages = max(2, min(4, memory // ((B + self.BN) * BK * size)))   # blocks on their way
         self.grid = N // self.BN, splits
         self.numbers = dict(B=B, BN=self.BN, BK=BK, SHARE=K // splits, num_warps=warps,
-                            num_stages=4)
+                            num_stages=stages)
 
 # %% ../nbs/08_inference.ipynb #kernel-step
 class KernelStep:
     """The step of one token per row on a GPU: what `GPT.hidden` and `next_logits` compute, in five
     kernels a layer. Holds copies of some weights."""
-    MOST_ROWS = 128
+    MOST_ROWS = 128                                          # as many as fit into fast memory
 
     @torch.inference_mode()
     def __init__(self, model: GPT):
-        device = model.device
-        self.model, self.size = model, torch.empty(0, dtype=model.dtype).element_size()
+        self.model, device = model, model.device
         parts = lambda a: [a.q, a.k, a.v] + ([a.k_before] if a.k_before else [])
         self.joined = [torch.cat([p.weight for p in parts(block.attn)]) for block in model.blocks]
         self.resid, self.shares = model.resid_lambdas.float(), model.x0_lambdas.float()
         self.one, self.back = torch.ones(1, device=device), -model.backout_lambda.float()
-        self.arrived = torch.zeros(2**16, dtype=torch.int32, device=device)
-        self.eps = torch.finfo(torch.float32).eps
+        self.arrived = torch.zeros(2**16, dtype=torch.int32, device=device)  # rows · heads at most
+        self.eps, memory = torch.finfo(torch.float32).eps, 2**16
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        self.tiles = dict(size=model.dtype.itemsize, memory=memory)
 
     @staticmethod
     def fits(model: GPT) -> bool:
         """Whether the kernels can run this model here: plain matrices of sizes they can cut."""
         c, half = model.config, model.config.n_kv_head * model.config.head_dim // 2
-        return (triton is not None and model.device.type == "cuda" and type(model.wte) is Embedding
-                and c.head_dim & (c.head_dim - 1) == 0
-                and all(n % 16 == 0 for n in (c.head_dim, c.n_embd, half)))
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return bool(triton is not None and compiler and model.device.type == "cuda"
+                    and type(model.wte) is Embedding and c.head_dim & (c.head_dim - 1) == 0
+                    and all(n % 16 == 0 for n in (c.head_dim, c.n_embd, half)))
 
 # %% ../nbs/08_inference.ipynb #kernel-products
 @patch_to(KernelStep)
-def _read(self, x: Tensor, sizes: Tensor, parts: int, w: Tensor, *, before: Tensor | None = None,
-            edge: int = 0, square: bool = False, cap: float = 0.0) -> tuple[Tensor, Tensor]:
+def _read(self, x: Tensor, squares: Tensor, w: Tensor, *, before: Tensor | None = None,
+          edge: int = 0, square: bool = False, cap: float = 0.0) -> tuple[Tensor, Tensor]:
     """(`norm(x) @ w.T` and what `read_kernel` makes of it, 1 over the size of each row of x)."""
-    rows, (N, K), second = len(x), w.shape, before is not None
+    rows, (N, K), parts = len(x), w.shape, squares.size(1)
     out = x.new_empty(rows, N, dtype=torch.float32 if cap else x.dtype)
-    unit, cut = sizes.new_empty(rows), Cut(rows, N, K, self.size, edge=edge)
-    read_kernel[cut.grid](x, sizes, parts, before if second else x, w, out, unit, rows, N, K, edge,
-                          self.eps, SECOND=second, SQUARE=square, CAP=cap,
+    unit, cut = squares.new_empty(rows), Cut(rows, N, K, edge=edge, **self.tiles)
+    read_kernel[cut.grid](x, squares, parts, x if before is None else before, w, out, unit, rows, N,
+                          K, edge, self.eps, SECOND=before is not None, SQUARE=square, CAP=cap,
                           PARTS=1 << (parts - 1).bit_length(), **cut.numbers)
     return out, unit
 
 
 @patch_to(KernelStep)
 def _add(self, x: Tensor, w: Tensor, stream: Tensor, *, keep: Tensor | None = None,
-           mix: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, int]:
-    """(`stream + x @ w.T` and what `add_kernel` makes of it, its sums of squares, their number)."""
+         mix: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(`stream + x @ w.T` and what `add_kernel` makes of it, its sums of squares (rows, parts))."""
     rows, (N, K) = len(x), w.shape
-    splits = next(s for s in (8, 4, 2, 1) if s == 1 or K >= 1024 * s and K % (16 * s) == 0)
-    cut = Cut(rows, N, K, self.size, splits=splits if rows > 1 else 1)
-    out, parts = torch.empty_like(stream), N // cut.BN
-    wide = dict(dtype=torch.float32, device=x.device)
-    sizes, partial = torch.empty(rows, parts, **wide), torch.empty(cut.splits, rows, N, **wide)
+    splits = 1 if rows == 1 else next(         # a program should read at least 1,024 inputs
+        s for s in (8, 4, 2, 1) if s == 1 or K >= 1024 * s and K % (16 * s) == 0)
+    cut, wide = Cut(rows, N, K, splits=splits, **self.tiles), dict(dtype=torch.float32)
+    out, squares = torch.empty_like(stream), x.new_empty(rows, N // cut.BN, **wide)
+    partial = x.new_empty(splits, rows, N, **wide)
     other, a, b = mix or (stream, self.one, self.one)
-    add_kernel[cut.grid](x, w, stream, out, sizes, stream if keep is None else keep, other, a, b,
+    add_kernel[cut.grid](x, w, stream, out, squares, stream if keep is None else keep, other, a, b,
                          partial, self.arrived, rows, N, K, KEEP=keep is not None,
-                         MIX=mix is not None, SPLITS=cut.splits, **cut.numbers)
-    return out, sizes, parts
+                         MIX=mix is not None, SPLITS=splits, **cut.numbers)
+    return out, squares
 
 # %% ../nbs/08_inference.ipynb #kernel-attention
 @patch_to(KernelStep)
@@ -1219,17 +1231,20 @@ def _attend(self, layer: int, q: Tensor, x: Tensor, unit: Tensor, ids: Tensor,
     attn, gated = model.blocks[layer].attn, str(layer) in model.value_embeds
     window, place = cache.index[layer]
     keys, values = cache.store[window][place]
-    pairs, blocks = rows * c.n_head, -(-kept(window, max(cache.ends) + 1) // 16)
-    splits = 1 << max(0, min(5, (1280 // pairs).bit_length() - 1, (blocks - 1).bit_length()))
+    pairs, block = rows * c.n_head, 16 if rows == 1 else 8
+    blocks = -(-kept(window, max(cache.ends) + 1) // block)
+    most = min(32, max(1, 1280 // pairs), blocks)            # some ten programs per processor
+    splits = 1 << (most.bit_length() - 1)
     y = x.new_empty(rows, c.n_head * c.head_dim)
-    partial = torch.empty(pairs, splits, c.head_dim + 2, dtype=torch.float32, device=x.device)
+    # for each split its values, then all splits' largest scores, then their sums of weights
+    partial = x.new_empty(pairs * splits * (c.head_dim + 2), dtype=torch.float32)
     table = model.value_embeds[str(layer)].weight if gated else x
     attention_kernel[pairs, splits](
         q, x, unit, attn.gate.weight if gated else x, table, ids, cache.positions, model.cos,
         model.sin, keys, values, y, partial, self.arrived, q.size(1), x.size(1), keys.stride(0),
         keys.stride(1), attn.qk_scale, self.eps, H=c.n_head, G=c.n_kv_head, D=c.head_dim,
         WINDOW=window or 0, BACK=attn.k_before is not None, GATED=gated, GATE=GATE_CHANNELS,
-        SPLITS=splits, BLOCK=16 if rows == 1 else 8, num_warps=1)
+        SPLITS=splits, BLOCK=block, num_warps=1)
     return y
 
 # %% ../nbs/08_inference.ipynb #kernel-step-call
@@ -1242,25 +1257,24 @@ def __call__(self, ids: Tensor, cache: RowCache) -> Tensor:
                                                         device=ids.device)
     x, first, now, middle = (new(c.n_embd) for _ in range(4))
     before, cache.previous_embedding = cache.previous_embedding, now
-    sizes = new(c.n_embd, dtype=torch.float32)
+    squares = new(1, dtype=torch.float32)
     embed_kernel[(rows,)](
         ids, before, model.wte.weight, model.smear_gate.weight, model.smear_lambda, self.resid,
-        self.shares, x, first, now, sizes, 1, c.n_embd, self.eps, SMEAR=SMEAR_CHANNELS,
+        self.shares, x, first, now, squares, c.n_embd, self.eps, SMEAR=SMEAR_CHANNELS,
         BLOCK=1 << (c.n_embd - 1).bit_length())
-    parts = 1
     for i, block in enumerate(model.blocks):
         w, slow = self.joined[i], block.attn.k_before
         edge = len(w) - (len(slow.weight) if slow else 0)
-        q, unit = self._read(x, sizes, parts, w, before=before, edge=edge)
+        q, unit = self._read(x, squares, w, before=before, edge=edge)
         y = self._attend(i, q, x, unit, ids, cache)
-        x, sizes, parts = self._add(y, block.attn.out.weight, x)
-        wide, _ = self._read(x, sizes, parts, block.mlp.up.weight, square=True)
+        x, squares = self._add(y, block.attn.out.weight, x)
+        wide, _ = self._read(x, squares, block.mlp.up.weight, square=True)
         mix = ((middle, self.one, self.back) if i + 1 == c.n_layer
                else (first, self.resid[i + 1:], self.shares[i + 1:]))
         keep = middle if i == c.n_layer // 2 else None
-        x, sizes, parts = self._add(wide, block.mlp.down.weight, x, keep=keep, mix=mix)
+        x, squares = self._add(wide, block.mlp.down.weight, x, keep=keep, mix=mix)
     cache.advance()
-    return self._read(x, sizes, parts, model.lm_head.weight, cap=SOFTCAP)[0][:, :c.vocab_size]
+    return self._read(x, squares, model.lm_head.weight, cap=SOFTCAP)[0][:, :c.vocab_size]
 
 # %% ../nbs/08_inference.ipynb #step-logits
 def _step_logits(engine: Engine, ids: Tensor) -> Tensor:
@@ -1317,7 +1331,9 @@ def _sampled(engine: Engine) -> tuple[list[int], Tensor]:
             logits = _step_logits(engine, ids)
             return _choose(rows, logits, engine._plan), logits
         step = _begin_step(engine, ids, 0)
-    if not any(r.forced or r.top is not None or len(r.ids) + 1 >= r.limit for r in rows):
+    others = engine.waiting and len(rows) < engine.max_batch     # will enter before the next step
+    if not others and not any(r.forced or r.top is not None or len(r.ids) + 1 >= r.limit
+                              for r in rows):
         engine._ahead = _begin_step(engine, step.ids, 1)
     if step.ready:
         step.ready.synchronize()

@@ -145,11 +145,14 @@ def judge_phrase(conversation: dict, completion: str) -> bool:
 
 def judge_program(conversation: dict, completion: str) -> bool:
     """The program in the completion passes the conversation's `tests`,
-    run in notebook 07's sandbox."""
-    tests = conversation["tests"]
+    run in notebook 07's sandbox. An `unnamed` request takes any name for its function."""
+    tests, program = conversation["tests"], extract_program(completion)
     tests = tests if isinstance(tests, str) else "\n".join(tests)
+    names = re.findall(r"^def (\w+)", program, re.MULTILINE)
+    if conversation.get("unnamed") and names:
+        program += f"\n{conversation['entry_point']} = {names[-1]}"
     imports = leading_imports(text_of(conversation["messages"][0]["content"]))
-    return run_code(f"{imports}\n\n{extract_program(completion)}\n\n{tests}\n", timeout=5.0).ok
+    return run_code(f"{imports}\n\n{program}\n\n{tests}\n", timeout=5.0).ok
 
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS

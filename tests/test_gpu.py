@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat_nb.inference import Engine, KernelStep, RowCache, long_step, prefill
+import kernels
+from nanochat_nb.inference import Engine, KernelStep
 from nanochat_nb.model import GPT, Fp8Product, GPTConfig, attend_near, train_in_fp8, visible
 from nanochat_nb.optimizer import adamw_update, fused_adamw_update
 
@@ -120,20 +121,25 @@ def test_recorded_steps_write_what_the_whole_model_says():
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("lengths", [[130], [1, 5, 130, 200], [3 * i + 1 for i in range(40)]])
+@pytest.mark.parametrize("lengths", [[130], [1, 5, 130, 200], [2 * i + 1 for i in range(100)]])
 @pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2}, {"n_layer": 1, "look_back_layers": (), "value_embed_layers": (0,)}])
 def test_a_step_of_kernels_writes_what_the_models_own_step_does(dtype, tolerance, lengths, changes):
+    torch.set_float32_matmul_precision("highest")
     model = shaken(dtype, **changes).cuda().inference_copy()
     assert KernelStep.fits(model)
-    prompts = [torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
-    with torch.inference_mode():
-        snapshots, logits = prefill(model, prompts)
-        caches = [RowCache(model.config, len(lengths), 256, model.device, dtype) for _ in range(2)]
-        for cache in caches:
-            for snapshot in snapshots:
-                cache.enter(snapshot)
-        step, ids = KernelStep(model), logits.argmax(-1)
-        for _ in range(4):
-            ours, theirs = step(ids, caches[0]), long_step(model, ids, caches[1])
-            assert distance(ours, theirs.double().cpu()) < tolerance
-            ids = theirs.argmax(-1)
+    assert kernels.distance(model, lengths, 4) < tolerance
+
+
+@pytest.mark.parametrize("rows", [2, 32, 128])
+def test_programs_that_share_a_product_add_up_to_it(rows):
+    assert kernels.distance_of_a_sum(shaken(torch.float32).cuda(), rows, 4096) < 1e-5
+
+
+def test_new_weights_are_used_by_recorded_steps():
+    model = shaken(torch.bfloat16).cuda()
+    engine, write = Engine(model, Words()), lambda engine: engine.generate([[1, 2, 3]], max_new_tokens=30, temperature=0, tools=False)[0][0].ids
+    before = write(engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-0.9)
+    assert write(engine) == write(Engine(model, Words())) != before
