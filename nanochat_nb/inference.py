@@ -920,21 +920,21 @@ except ImportError:
 
 
 @jit
-def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, now, squares,
+def embed_kernel(ids, before, table, gate, strength, resid, shares, x, first, normed, squares,
                  C, eps, SMEAR: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's embedding, normed and smeared (`first`), what the first layer reads (`x`), and the
-    sum of its squares. All but `squares` (rows,) are (rows, C)."""
+    """A row's embedding, normed (`normed`) and smeared (`first`); what the first layer reads (`x`),
+    and the sum of its squares. These and `before` are (rows, C), `squares` is (rows,)."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     here, inside = row * C + c, c < C
     e = tl.load(table + tl.load(ids + row) * C + c, mask=inside, other=0).to(tl.float32)
     e = (e * tl.rsqrt(tl.sum(e * e) / C + eps)).to(x.dtype.element_ty)
-    tl.store(now + here, e, mask=inside)                     # the next step's `before`
+    tl.store(normed + here, e, mask=inside)                  # the next step's `before`
     e = e.to(tl.float32)
     opens = tl.sum(e * tl.load(gate + c, mask=c < SMEAR, other=0).to(tl.float32))
     gated = tl.load(strength).to(tl.float32) * tl.sigmoid(opens)
     e += gated * tl.load(before + here, mask=inside, other=0).to(tl.float32)
     tl.store(first + here, e, mask=inside)
-    e = (e * (tl.load(resid) + tl.load(shares))).to(x.dtype.element_ty)
+    e = (e * (tl.load(resid) + tl.load(shares))).to(x.dtype.element_ty)  # resid · e + share · e
     tl.store(x + here, e, mask=inside)
     e = e.to(tl.float32)
     tl.store(squares + row, tl.sum(e * e))
@@ -954,7 +954,7 @@ def _product(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, B
         weights = tl.load(w + k[None, :], mask=inside, other=0).to(tl.float32)
         return tl.sum(weights * given, 1)[None, :], tl.sum(given * given, 1)[None, :]
     else:
-        total = tl.zeros((BN, B), tl.float32)                # w on the left: a tile has more of it
+        total = tl.zeros((BN, B), tl.float32)                # w on the left: mostly the taller
         for _ in range(0, SHARE, BK):
             given = tl.load(x + row[:, None] * K + k[None, :], mask=(row < rows)[:, None], other=0)
             weights = tl.load(w + k[None, :])
@@ -964,13 +964,13 @@ def _product(x, w, rows, tile, start, K, SHARE: tl.constexpr, B: tl.constexpr, B
 
 # %% ../nbs/08_inference.ipynb #read-kernel
 @jit
-def read_kernel(x, squares, parts, before, w, out, unit, rows, N, K, edge, eps,
+def read_kernel(x, squares, parts, before, w, out, inverse, rows, N, K, edge, eps,
                 SECOND: tl.constexpr, SQUARE: tl.constexpr, CAP: tl.constexpr, PARTS: tl.constexpr,
                 B: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
     """out (rows, N) = norm(x) @ w.T, then perhaps ReLU² or the softcap; x is (rows, K), w (N, K).
 
     With SECOND, outputs from `edge` on read `before` (rows, K) instead, as it is. `squares` (rows,
-    parts) add up to x's sum of squares; `unit` (rows,) becomes 1 over x's size.
+    parts) add up to x's sum of squares; `inverse` (rows,) becomes 1 over x's size.
     """
     tile = tl.program_id(0)
     row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
@@ -984,7 +984,8 @@ def read_kernel(x, squares, parts, before, w, out, unit, rows, N, K, edge, eps,
         there = (row < rows) & (part < parts)
         total = tl.sum(tl.load(squares + row * parts + part, mask=there, other=0), 1)[:, None]
     r = tl.rsqrt(total / K + eps)                            # of norm(x), only now
-    tl.store(unit + row + 0 * n, r + 0 * y, mask=(row < rows) & (n == 0))
+    # + 0 · …: in the shape of a tile, of which output 0 alone is written
+    tl.store(inverse + row + 0 * n, r + 0 * y, mask=(row < rows) & (n == 0))
     y *= tl.where(second, 1.0, r)
     if SQUARE:
         y = tl.maximum(y, 0)
@@ -999,8 +1000,9 @@ def add_kernel(x, w, stream, out, squares, middle, other, a, b, partial, arrived
                KEEP: tl.constexpr, MIX: tl.constexpr, SPLITS: tl.constexpr, B: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr):
     """out = stream + x @ w.T; with MIX, a times that plus b times `other`. With KEEP the sum is
-    also kept in `middle`. x is (rows, K), w (N, K), the others (rows, N), but `squares` (rows,
-    programs): the sum of squares of each program's outputs."""
+    also kept in `middle`. x is (rows, K), w (N, K), `partial` (splits, rows, N), `squares` (rows,
+    tiles): the sum of squares of each tile's outputs. `a` and `b` point at a number, `arrived` at
+    a counter per tile; the others are (rows, N)."""
     tile, split = tl.program_id(0), tl.program_id(1)
     row, n = tl.arange(0, B)[:, None], (tile * BN + tl.arange(0, BN))[None, :]
     here, used, last = row * N + n, row < rows, True
@@ -1017,7 +1019,7 @@ def add_kernel(x, w, stream, out, squares, middle, other, a, b, partial, arrived
                              cache_modifier=".cg")
     if last:
         y += tl.load(stream + here, mask=used, other=0).to(tl.float32)
-        if KEEP:
+        if KEEP:                                             # before MIX, which may read it
             tl.store(middle + here, y, mask=used)
         if MIX:
             y = tl.load(a) * y + tl.load(b) * tl.load(other + here, mask=used, other=0)
@@ -1059,24 +1061,25 @@ def _weigh(top, total, y, qa, qb, ka, kb, v, seen):
 
 # %% ../nbs/08_inference.ipynb #new-entry
 @jit
-def _new_entry(q, x, unit, gate, table, token, group, c, s, scale, eps, K0: tl.constexpr,
-              G: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, GATED: tl.constexpr,
-              GATE: tl.constexpr):
+def _new_entry(q, x, inverse, gate, table, token, group, c, s, scale, eps, K0: tl.constexpr,
+               G: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr, GATED: tl.constexpr,
+               GATE: tl.constexpr):
     """The new token's key (in halves) and value for head `group` of G: 04's `Attention.keys` and
     its gated value embedding. `q` is where the row's products begin: q, k, v, k_before."""
     HALF: tl.constexpr = D // 2
     V0: tl.constexpr = K0 + (G * HALF if BACK else G * D)
     i, d = tl.arange(0, HALF), tl.arange(0, D)
     if BACK:                             # the slow half of the channel pairs is of the token before
-        i = tl.where(i < D // 4, K0 + group * HALF + i, V0 + G * D + group * HALF + i - D // 4)
-        a, b = _turn_head(q + i, q + i + D // 4, c, s, scale, eps)
+        now, past = K0 + group * HALF + i, V0 + G * D + group * HALF + i - D // 4
+        at = q + tl.where(i < D // 4, now, past)
+        a, b = _turn_head(at, at + D // 4, c, s, scale, eps)
     else:
-        i += K0 + group * D
-        a, b = _turn_head(q + i, q + i + HALF, c, s, scale, eps)
+        at = q + K0 + group * D + i
+        a, b = _turn_head(at, at + HALF, c, s, scale, eps)
     v = tl.load(q + V0 + group * D + d).to(tl.float32)
     if GATED:
         g = tl.arange(0, 16)
-        y = tl.load(x + g, mask=g < GATE, other=0).to(tl.float32) * tl.load(unit)
+        y = tl.load(x + g, mask=g < GATE, other=0).to(tl.float32) * tl.load(inverse)
         opens = tl.sum(y * tl.load(gate + group * GATE + g, mask=g < GATE, other=0).to(tl.float32))
         v += 3 * tl.sigmoid(opens) * tl.load(table + (token * G + group) * D + d).to(tl.float32)
     return a, b, v
@@ -1104,11 +1107,11 @@ def _join(partial, arrived, pair, split, top, total, y, D: tl.constexpr, SPLITS:
 
 # %% ../nbs/08_inference.ipynb #attention-kernel
 @jit
-def attention_kernel(q, x, unit, gate, table, ids, positions, cos, sin, keys, values, out, partial,
-                     arrived, q_stride, C, row_stride, head_stride, scale, eps, H: tl.constexpr,
-                     G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, BACK: tl.constexpr,
-                     GATED: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def attention_kernel(q, x, inverse, gate, table, ids, positions, cos, sin, keys, values, out,
+                     partial, arrived, q_stride, C, row_stride, head_stride, scale, eps,
+                     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+                     BACK: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
+                     SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """A row's head: its query over the places of a split, its own new one included and stored."""
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head, group = (pair // H).to(tl.int64), pair % H, pair % H // (H // G)
@@ -1128,8 +1131,9 @@ def attention_kernel(q, x, unit, gate, table, ids, positions, cos, sin, keys, va
     qa, qb = _turn_head(q + head * D + i, q + head * D + D // 2 + i, c, s, scale * D ** -0.5, eps)
     top, total, y = -1e30, 0.0, tl.zeros((D,), tl.float32)
     if split == 0:
-        na, nb, nv = _new_entry(q, x + row * C, unit + row, gate, table, tl.load(ids + row), group,
-                               c, s, scale, eps, H * D, G, D, BACK, GATED, GATE)
+        token = tl.load(ids + row)
+        na, nb, nv = _new_entry(q, x + row * C, inverse + row, gate, table, token, group, c, s,
+                                scale, eps, H * D, G, D, BACK, GATED, GATE)
         if head % (H // G) == 0:
             tl.store(keys + new * D + i, na)
             tl.store(keys + new * D + D // 2 + i, nb)
@@ -1168,7 +1172,7 @@ class Cut:
 class KernelStep:
     """The step of one token per row on a GPU: what `GPT.hidden` and `next_logits` compute, in five
     kernels a layer. Holds copies of some weights."""
-    MOST_ROWS = 128                                          # as many as fit into fast memory
+    MOST_ROWS = 128                                          # a tile must fit into fast memory
 
     @torch.inference_mode()
     def __init__(self, model: GPT):
@@ -1177,7 +1181,8 @@ class KernelStep:
         self.joined = [torch.cat([p.weight for p in parts(block.attn)]) for block in model.blocks]
         self.resid, self.shares = model.resid_lambdas.float(), model.x0_lambdas.float()
         self.one, self.back = torch.ones(1, device=device), -model.backout_lambda.float()
-        self.arrived = torch.zeros(2**16, dtype=torch.int32, device=device)  # rows · heads at most
+        # a counter for each row's head, or for each tile
+        self.arrived = torch.zeros(2**16, dtype=torch.int32, device=device)
         self.eps, memory = torch.finfo(torch.float32).eps, 2**16
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -1199,11 +1204,11 @@ def _read(self, x: Tensor, squares: Tensor, w: Tensor, *, before: Tensor | None 
     """(`norm(x) @ w.T` and what `read_kernel` makes of it, 1 over the size of each row of x)."""
     rows, (N, K), parts = len(x), w.shape, squares.size(1)
     out = x.new_empty(rows, N, dtype=torch.float32 if cap else x.dtype)
-    unit, cut = squares.new_empty(rows), Cut(rows, N, K, edge=edge, **self.tiles)
-    read_kernel[cut.grid](x, squares, parts, x if before is None else before, w, out, unit, rows, N,
-                          K, edge, self.eps, SECOND=before is not None, SQUARE=square, CAP=cap,
-                          PARTS=1 << (parts - 1).bit_length(), **cut.numbers)
-    return out, unit
+    inverse, cut = squares.new_empty(rows), Cut(rows, N, K, edge=edge, **self.tiles)
+    read_kernel[cut.grid](x, squares, parts, x if before is None else before, w, out, inverse,
+                          rows, N, K, edge, self.eps, SECOND=before is not None, SQUARE=square,
+                          CAP=cap, PARTS=1 << (parts - 1).bit_length(), **cut.numbers)
+    return out, inverse
 
 
 @patch_to(KernelStep)
@@ -1217,6 +1222,7 @@ def _add(self, x: Tensor, w: Tensor, stream: Tensor, *, keep: Tensor | None = No
     out, squares = torch.empty_like(stream), x.new_empty(rows, N // cut.BN, **wide)
     partial = x.new_empty(splits, rows, N, **wide)
     other, a, b = mix or (stream, self.one, self.one)
+    # where nothing is to be kept or mixed in, any address will do
     add_kernel[cut.grid](x, w, stream, out, squares, stream if keep is None else keep, other, a, b,
                          partial, self.arrived, rows, N, K, KEEP=keep is not None,
                          MIX=mix is not None, SPLITS=splits, **cut.numbers)
@@ -1224,13 +1230,13 @@ def _add(self, x: Tensor, w: Tensor, stream: Tensor, *, keep: Tensor | None = No
 
 # %% ../nbs/08_inference.ipynb #kernel-attention
 @patch_to(KernelStep)
-def _attend(self, layer: int, q: Tensor, x: Tensor, unit: Tensor, ids: Tensor,
+def _attend(self, layer: int, q: Tensor, x: Tensor, inverse: Tensor, ids: Tensor,
               cache: RowCache) -> Tensor:
     """Attention of the new tokens over the cache, which takes in their keys and values."""
     model, c, rows = self.model, self.model.config, len(ids)
     attn, gated = model.blocks[layer].attn, str(layer) in model.value_embeds
-    window, place = cache.index[layer]
-    keys, values = cache.store[window][place]
+    window, index = cache.index[layer]
+    keys, values = cache.store[window][index]
     pairs, block = rows * c.n_head, 16 if rows == 1 else 8
     blocks = -(-kept(window, max(cache.ends) + 1) // block)
     most = min(32, max(1, 1280 // pairs), blocks)            # some ten programs per processor
@@ -1240,7 +1246,7 @@ def _attend(self, layer: int, q: Tensor, x: Tensor, unit: Tensor, ids: Tensor,
     partial = x.new_empty(pairs * splits * (c.head_dim + 2), dtype=torch.float32)
     table = model.value_embeds[str(layer)].weight if gated else x
     attention_kernel[pairs, splits](
-        q, x, unit, attn.gate.weight if gated else x, table, ids, cache.positions, model.cos,
+        q, x, inverse, attn.gate.weight if gated else x, table, ids, cache.positions, model.cos,
         model.sin, keys, values, y, partial, self.arrived, q.size(1), x.size(1), keys.stride(0),
         keys.stride(1), attn.qk_scale, self.eps, H=c.n_head, G=c.n_kv_head, D=c.head_dim,
         WINDOW=window or 0, BACK=attn.k_before is not None, GATED=gated, GATE=GATE_CHANNELS,
@@ -1255,22 +1261,22 @@ def __call__(self, ids: Tensor, cache: RowCache) -> Tensor:
     cache._grow(rows, max(cache.ends) + 1)
     new = lambda *shape, dtype=model.dtype: torch.empty(rows, *shape, dtype=dtype,
                                                         device=ids.device)
-    x, first, now, middle = (new(c.n_embd) for _ in range(4))
-    before, cache.previous_embedding = cache.previous_embedding, now
+    x, first, normed, middle = (new(c.n_embd) for _ in range(4))
+    before, cache.previous_embedding = cache.previous_embedding, normed
     squares = new(1, dtype=torch.float32)
     embed_kernel[(rows,)](
         ids, before, model.wte.weight, model.smear_gate.weight, model.smear_lambda, self.resid,
-        self.shares, x, first, now, squares, c.n_embd, self.eps, SMEAR=SMEAR_CHANNELS,
+        self.shares, x, first, normed, squares, c.n_embd, self.eps, SMEAR=SMEAR_CHANNELS,
         BLOCK=1 << (c.n_embd - 1).bit_length())
     for i, block in enumerate(model.blocks):
         w, slow = self.joined[i], block.attn.k_before
         edge = len(w) - (len(slow.weight) if slow else 0)
-        q, unit = self._read(x, squares, w, before=before, edge=edge)
-        y = self._attend(i, q, x, unit, ids, cache)
+        q, inverse = self._read(x, squares, w, before=before, edge=edge)
+        y = self._attend(i, q, x, inverse, ids, cache)
         x, squares = self._add(y, block.attn.out.weight, x)
         wide, _ = self._read(x, squares, block.mlp.up.weight, square=True)
         mix = ((middle, self.one, self.back) if i + 1 == c.n_layer
-               else (first, self.resid[i + 1:], self.shares[i + 1:]))
+               else (first, self.resid[i + 1:], self.shares[i + 1:]))    # addresses of numbers
         keep = middle if i == c.n_layer // 2 else None
         x, squares = self._add(wide, block.mlp.down.weight, x, keep=keep, mix=mix)
     cache.advance()
@@ -1306,8 +1312,8 @@ class Ahead(NamedTuple):
 
 
 def _begin_step(engine: Engine, ids: Tensor, later: int) -> Ahead:
-    """Start a step fed with ids (n,), for requests that will then have `later` tokens more than
-    now. Waits for nothing."""
+    """Start a step fed with ids (n,). `later`: tokens chosen that are not yet in the requests' ids,
+    0 or 1. Waits for nothing."""
     rows, cache, dials = engine.rows, engine.cache, engine._plan
     before = cache.ends, cache.positions, cache.previous_embedding
     logits, uniform = _step_logits(engine, ids), None
@@ -1322,11 +1328,12 @@ def _begin_step(engine: Engine, ids: Tensor, later: int) -> Ahead:
 
 # %% ../nbs/08_inference.ipynb #sampled
 def _sampled(engine: Engine) -> tuple[list[int], Tensor]:
-    """(the token that each row would take, the logits). Perhaps the next step is under way then."""
+    """(the token that each row would take, the logits). The next step may be under way then, and
+    write over the logits."""
     rows, device = engine.rows, engine.cache.positions.device
     step, engine._ahead = engine._ahead, None
     if step is None:
-        ids = torch.tensor([r.ids[-1] for r in rows], device=device)
+        ids = torch.tensor([r.ids[-1] for r in rows], device=device)     # waits; nothing is ahead
         if not engine._goes_ahead:
             logits = _step_logits(engine, ids)
             return _choose(rows, logits, engine._plan), logits
