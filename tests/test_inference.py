@@ -272,13 +272,16 @@ def crowd(engine, stops):
         if step in (6, 20):
             engine.cancel(engine.rows[0].number)
         for event in engine.step():
-            answers.setdefault(event.request, []).extend([*event.ids, event.finish_reason])
+            told = [round(p.chosen, 3) for p in event.logprobs]
+            answers.setdefault(event.request, []).extend([*event.ids, event.finish_reason, *told])
         under_way += engine._ahead is not None
     assert not engine.busy and engine._ahead is None
     return [answers[n] for n in numbers], under_way
 
 
-def test_a_step_begun_before_its_time_changes_nothing(tok):
+def test_a_step_begun_before_its_time_changes_nothing(tok, monkeypatch):
+    plain, recorded = inference._step_logits, torch.zeros(3, 275)            # a recording's logits lie in one place
+    monkeypatch.setattr(inference, "_step_logits", lambda engine, ids: recorded[:len(ids)].copy_(plain(engine, ids)))
     first, never = crowd(Engine(make_model(), tok, max_batch=3), [])
     written = [[t for t in answer if isinstance(t, int)] for answer in first]
     stops = [ids[len(ids) // 2] for ids in written]
@@ -292,23 +295,26 @@ def test_a_step_begun_before_its_time_changes_nothing(tok):
 
 
 def looping(monkeypatch, tok, source):
-    """Let a program's call be written again and again: the next token depends on the last alone, and forced ones lead back."""
+    """Let a program's call be written again and again: the next token depends on the last alone, and forced ones lead back.
+    What the model itself says then, for each length of the first row's text: the last that was computed for it."""
     call = [tok.special("<|python_start|>"), *tok.encode(source), tok.special("<|python_end|>")]
-    after, plain = {a: b for a, b in zip(call, call[1:] + call[:1])}, inference._step_logits
+    after, plain, said = {a: b for a, b in zip(call, call[1:] + call[:1])}, inference._step_logits, {}
     assert len(after) == len(call)                           # no token twice
 
     def steps(engine, ids):
-        following = torch.tensor([after.get(i, call[0]) for i in ids.tolist()])
-        logits = plain(engine, ids)
+        following, length = torch.tensor([after.get(i, call[0]) for i in ids.tolist()]), engine.cache.ends[0]
+        logits = said[length] = plain(engine, ids)
         return torch.full_like(logits, -9).scatter(1, following[:, None], 9.0)
 
     monkeypatch.setattr(inference, "_step_logits", steps)
+    return said
 
 
-def both_ways(tok, prompts, **options):
-    """Answers without and with going ahead, and how often a step was ahead."""
+def both_ways(tok, prompts, said, **options):
+    """Answers without and with going ahead, what the model said (tensors by length), and how often a step was ahead."""
     found, under_way = [], 0
     for ahead in (False, True):
+        said.clear()
         engine = Engine(make_model(), tok)
         engine._goes_ahead = ahead
         numbers, answers = [engine.submit(p, temperature=0, **options) for p in prompts], {}
@@ -316,21 +322,23 @@ def both_ways(tok, prompts, **options):
             for event in engine.step():
                 answers.setdefault(event.request, []).extend(event.ids)
             under_way += engine._ahead is not None
-        found.append([answers[n] for n in numbers])
-    return *found, under_way
+        found.append(([answers[n] for n in numbers], dict(said)))
+    (without, model), (ahead, same) = found
+    assert without == ahead and all(torch.allclose(same[n], logits, atol=1e-4) for n, logits in model.items())
+    return ahead, under_way
 
 
 def test_nobody_goes_ahead_of_forced_tokens(tok, monkeypatch):
-    looping(monkeypatch, tok, "6*7")
-    without, ahead, under_way = both_ways(tok, [[1, 2], [3]], max_new_tokens=60)
-    assert without == ahead and under_way > 10 and "<|output_start|>42<|output_end|>" in tok.decode(ahead[0])
+    said = looping(monkeypatch, tok, "6*7")
+    ahead, under_way = both_ways(tok, [[1, 2], [3]], said, max_new_tokens=60)
+    assert under_way > 10 and "<|output_start|>42<|output_end|>" in tok.decode(ahead[0])
 
 
 @pytest.mark.skipif(isolation() is None, reason="no sandbox works on this machine")
 def test_a_row_that_waits_for_its_program_takes_back_the_step_ahead(tok, monkeypatch):
-    looping(monkeypatch, tok, "print(4)")
-    without, ahead, under_way = both_ways(tok, [[1, 2] * 70], max_new_tokens=80, tools="python")     # beyond a ring's end
-    assert without == ahead and under_way > 10 and "<|output_start|>4" in tok.decode(ahead[0])
+    said = looping(monkeypatch, tok, "print(4)")
+    ahead, under_way = both_ways(tok, [[1, 2] * 70], said, max_new_tokens=80, tools="python")        # beyond a ring's end
+    assert under_way > 10 and "<|output_start|>4" in tok.decode(ahead[0])
 
 
 INTERPRETER = Path(sys.prefix) / "interpreter"               # run_all.sh test puts Triton there
