@@ -1248,7 +1248,7 @@ def _solved(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer: {solution}\n#### {problem.answer}"
 
 # %% ../nbs/01_corpus.ipynb #words
-# 4,893 plain words: half of them stand somewhere in the world's texts, half nowhere
+# 4,893 plain words: two thirds stand somewhere in the world's texts, the others nowhere
 SAID, UNSAID = (tuple(part.split()) for part in _static("words.txt").split("\n\n"))
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p pl pr qu r s sc sh
 sk sl sm sn sp st str sw t th tr v w wh y z""".split()

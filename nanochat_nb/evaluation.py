@@ -906,7 +906,9 @@ def open_tasks(names: Sequence[str], data: str, limit: int,
                 opened.append(open_task(name, split, data=data, limit=limit or None, seed=seed))
                 skipped.pop(name, None)
                 break
-            except DataMissing as error:
+            except UserError as error:                       # nothing there, or no network
+                if not isinstance(error, DataMissing) and data != "huggingface":
+                    raise                                    # a file of the user's that is damaged
                 skipped[name] = str(error).partition(": ")[2]
     return opened, skipped
 

@@ -371,7 +371,8 @@ def _reason(code: int, stderr: str, timed_out: bool, timeout: float) -> str:
     """One line on why a program failed."""
     if timed_out:
         return f"timed out after {timeout:g} s"
-    number = -code if code < 0 else code - 128
+    left = stderr.rstrip().endswith("the program left before its last line")   # by sys.exit
+    number = 0 if left else -code if code < 0 else code - 128
     if 0 < number < 65:
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         return f"killed by signal {name}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import functools
 import math
@@ -31,7 +32,8 @@ import nanochat_nb
 from .execution import calculate, isolation, run_code
 from .model import (
     GATE_CHANNELS, GPT, SMEAR_CHANNELS, SOFTCAP, Embedding, GPTConfig, KVCache, Linear, softcap)
-from .runtime import UserError, generator, nearest, seed_of
+from .runtime import (
+    UserError, cpu_flags, fast_dtype, generator, nearest, seed_of)
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
@@ -39,10 +41,10 @@ __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', '
            'kept', 'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
            'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
            'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'long_step', 'Unit',
-           'turned', 'Product', 'Place', 'places', 'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel',
-           'read_kernel', 'add_kernel', 'attention_kernel', 'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8',
-           'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder', 'best_stage', 'chat',
-           'main']
+           'turned', 'reordered', 'Product', 'Place', 'places', 'attend_by_products', 'attend_by_kernel', 'Moment',
+           'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel', 'read_kernel', 'add_kernel', 'attention_kernel',
+           'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8', 'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy',
+           'weight_bytes', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -716,6 +718,17 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return (x * cos).addcmul_(torch.cat([b, a], dim=-1), sin)
 
+# %% ../nbs/08_inference.ipynb #reordered
+def reordered(weight: Tensor) -> Tensor | None:
+    """A copy of `weight` (outputs, inputs) in the order in which oneDNN, PyTorch's library for
+    products on a CPU, reads it; None where that gains nothing or cannot be had."""
+    known = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+             and {torch.float32, fast_dtype("cpu")})
+    if len(weight) < 64 or not known or weight.dtype not in known:
+        return None
+    rows = 64                                                # of x, about; others may come
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
 
 class Product:
     """The outputs of all `parts` side by side; plain matrices are joined to one."""
@@ -724,17 +737,27 @@ class Product:
         self.parts, self.matrix = parts, None
         if all(type(part) is Linear for part in parts):
             rows = [part.weight for part in parts]
-            self.matrix = (torch.cat(rows) if len(rows) > 1 else rows[0]).T
+            weight = torch.cat(rows) if len(rows) > 1 else rows[0]
+            self.matrix, self.blocks = weight.T, reordered(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, inputs) -> (B, outputs)."""
         if self.matrix is None:
             return torch.cat([part(x) for part in self.parts], dim=-1)
+        if self.in_blocks(x):
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.blocks, None, "none", [], "")
         return x.mm(self.matrix)
+
+    def in_blocks(self, x: Tensor) -> bool:
+        """Whether the reordered matrix is the faster one for x."""
+        large = len(x) >= 8 or self.matrix.numel() >= 2**18  # else a float32 row is faster in order
+        return self.blocks is not None and (large or x.dtype == torch.bfloat16)
 
     def onto(self, stream: Tensor, x: Tensor) -> Tensor:
         """Add the outputs to `stream` (B, outputs), in place."""
-        return stream.add_(self(x)) if self.matrix is None else stream.addmm_(x, self.matrix)
+        if self.matrix is None or self.in_blocks(x):
+            return stream.add_(self(x))
+        return stream.addmm_(x, self.matrix)
 
 # %% ../nbs/08_inference.ipynb #short-place
 class Place(NamedTuple):
@@ -771,6 +794,19 @@ def places(cache: RowCache) -> list[Place]:
                         for i in range(0, len(flat), 2)]
     return [of_window[w][i] for _, (w, i) in sorted(cache.index.items())]
 
+# %% ../nbs/08_inference.ipynb #attend-one
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+    """Attention of one query for each row and head, q (B, H, D), over k and v (B, H_kv, S, D)."""
+    q = (q * q.size(-1) ** -0.5).unflatten(1, (k.size(1), -1)).transpose(2, 3)
+    fits = (k @ q).transpose(2, 3)                           # (B, H_kv, H / H_kv, S)
+    return (fits if hide is None else fits + hide).softmax(-1) @ v
+
+
+def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+    """The same by PyTorch's kernel."""
+    return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, hide,
+                                          enable_gqa=q.size(1) != k.size(1))
+
 # %% ../nbs/08_inference.ipynb #short-block
 class Moment(NamedTuple):
     """What all blocks of a step share."""
@@ -802,10 +838,14 @@ class ShortBlock:
         qk = qk if qk.dtype == v.dtype else qk.to(v.dtype)   # a rotation may be wider
         q, k = qk.split_with_sizes(self.heads, dim=1)
         place.write(k, v)
-        y = F.scaled_dot_product_attention(q.unsqueeze(2), place.seen_keys, place.seen_values,
-                                           place.hide, enable_gqa=q.size(1) != k.size(1))
+        y = self.attend(q, place.seen_keys, place.seen_values, place.hide)
         self.out.onto(x, y.reshape(x.shape))
         return self.down.onto(x, self.up(self.norm(x)).relu_().square_())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+        """Attention of q (B, H, D), by the faster way on this CPU."""
+        products = len(q) >= 4 and q.dtype == torch.bfloat16 and "amx_bf16" not in cpu_flags()
+        return (attend_by_products if products else attend_by_kernel)(q, k, v, hide)
 
     def heads_of(self, y: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H + H_kv, D), and values (B, H_kv, D), of normed y (B, C)."""
@@ -825,7 +865,7 @@ class ShortBlock:
 # %% ../nbs/08_inference.ipynb #short-step
 class ShortStep:
     """The step of one token per row on a CPU: what `GPT.hidden` and `next_logits` compute, in few
-    operations. Holds copies of some weights."""
+    operations. Holds copies of the matrices."""
 
     @torch.inference_mode()
     def __init__(self, model: GPT, max_len: int):
@@ -837,6 +877,7 @@ class ShortStep:
                   for i in range(config.n_layer)]
         self.blocks = [ShortBlock(block, table, config, dtype)
                        for block, table in zip(model.blocks, tables)]
+        self.head, self.vocab_size = Product(model.lm_head), config.vocab_size
         self.smear, self.smear_gate = float(model.smear_lambda), Product(model.smear_gate)
         self.backout, self.resid = float(model.backout_lambda), model.resid_lambdas.tolist()
         self.shares = model.x0_lambdas[:, None, None].to(dtype)
@@ -854,7 +895,8 @@ class ShortStep:
             x = self.blocks[i](x, now, place)
             middle = x if i == len(self.blocks) // 2 else middle
         cache.advance()
-        return next_logits(self.model, self.norm(x.sub(middle, alpha=self.backout)))
+        logits = self.head(self.norm(x.sub(middle, alpha=self.backout)))
+        return softcap(logits[:, :self.vocab_size])
 
 # %% ../nbs/08_inference.ipynb #recorded-step
 class RecordedStep:
@@ -1517,10 +1559,16 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict], *,
         messages.pop()                                       # what comes next is the assistant's
     system = messages[:1] if messages and messages[0].get("role") == "system" else []
     turns = messages[len(system):]
-    for dropped in range(0, max(1, len(turns)), 2):
-        ids = tokenizer.render_for_completion({"messages": system + turns[dropped:]})
-        if len(ids) <= max_len:
-            return ids, dropped
+    def render(dropped: int) -> list[int]:
+        return tokenizer.render_for_completion({"messages": system + turns[dropped:]})
+
+    pairs = range(2, len(turns), 2)                          # how many turns may be dropped
+    if len(ids := render(0)) <= max_len:
+        return ids, 0
+    fewest = bisect.bisect_left(pairs, True, key=lambda n: len(render(n)) <= max_len)
+    if fewest < len(pairs):
+        return render(pairs[fewest]), pairs[fewest]
+    ids = render(pairs[-1]) if pairs else ids
     what = "the system message and the last one have" if system else "the last message has"
     raise UserError(f"{what} {len(ids)} tokens and there is room for {max_len}: shorten it")
 

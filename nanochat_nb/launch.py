@@ -37,17 +37,17 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
                                  nearest, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage', 'Step',
-           'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned', 'check_sizes',
-           'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding', 'step_key', 'product_files',
-           'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside', 'begin', 'finish',
-           'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports', 'check_exports',
-           'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier', 'run_notebook', 'run_stage',
-           'without_errors', 'run_processes', 'only_one', 'run_path', 'launch', 'show_report', 'execute_lessons',
-           'check_exercises', 'refresh', 'later_flops', 'hours', 'work_section', 'memory_section', 'cost_section',
-           'disk_section', 'plan_text', 'series_overrides', 'share', 'with_enough_text', 'series_row', 'series_law',
-           'series_text', 'draw_series', 'series_arguments', 'miniseries', 'arguments', 'where_to_compute',
-           'print_plan', 'main', 'command_line']
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'FILES', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage',
+           'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned',
+           'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding', 'step_key',
+           'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside',
+           'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports',
+           'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier',
+           'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path', 'launch',
+           'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'later_flops', 'hours', 'work_section',
+           'memory_section', 'cost_section', 'disk_section', 'plan_text', 'series_overrides', 'share',
+           'with_enough_text', 'series_row', 'series_law', 'series_text', 'draw_series', 'series_arguments',
+           'miniseries', 'arguments', 'where_to_compute', 'print_plan', 'main', 'command_line']
 
 # %% ../nbs/15_launch.ipynb #stage
 @dataclass(frozen=True)
@@ -235,8 +235,10 @@ def planned(overrides: dict[str, dict]):
 def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     """Raise UserError for sizes that cannot be trained:
     a batch that does not divide over the ranks, ratio 0, …"""
+    from nanochat_nb.evaluation import check_request
     from nanochat_nb.pretraining import check_rows
     from nanochat_nb.rl import check_rl
+    from nanochat_nb.sft import sft_steps, text_rows
     base, _, plan = planned(overrides)
     check_rows(plan.batch_tokens, base["sequence_len"], base["micro_batch_rows"], processes)
     check_rl(stage_parameters(STEPS["rl"], overrides),
@@ -247,6 +249,9 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
         raise UserError(f"sft.total_batch_tokens {rows} is no multiple of "
                         f"base.sequence_len {base['sequence_len']}")
     check_rows(rows, base["sequence_len"], sft["micro_batch_rows"], processes)
+    text_rows(rows // base["sequence_len"], sft["text_share"])
+    sft_steps((), 1, steps=sft["steps"], epochs=sft["epochs"])
+    check_request("sft", "", stage_parameters(STEPS["eval-sft"], overrides)["held_out_documents"])
     if sft["lr_fraction"] <= 0:
         raise UserError(f"sft.lr_fraction must be positive, not {sft['lr_fraction']}")
     rl = stage_parameters(STEPS["rl"], overrides)
@@ -260,10 +265,14 @@ def check_names(overrides: dict[str, dict]) -> None:
     and for a public data set to train on that `data` cannot provide."""
     from nanochat_nb.tasks import EMBEDDED, REAL
     known = [*EMBEDDED, *REAL]
+    judged = [*EMBEDDED, *(task for task in REAL if REAL[task].judge)]
     for stage, name in (("sft", "mixture"), ("rl", "tasks"), ("eval", "tasks")):
         for task in overrides.get(stage, {}).get(name) or ():
             if task not in known and not Path(task).is_file():
                 raise UserError(f"{stage}.{name}: unknown task {task!r}{nearest(task, known)}")
+            if stage != "sft" and task not in judged:
+                raise UserError(f"{stage}.{name}: {task} has no right answers; "
+                                f"choose among {', '.join(judged)}")
     for stage, values in overrides.items():
         data = values.get("data", "")
         if data not in ("", "huggingface") and not Path(data).is_dir():
@@ -280,7 +289,7 @@ def check_source(stage: str, task: str, data: str) -> None:
     """Raise UserError when `data` cannot provide the public data set `task`. Downloads nothing."""
     from nanochat_nb.corpus import HUB_ROWS
     from nanochat_nb.tasks import DataMissing, open_task
-    if data == "huggingface" and task in HUB_ROWS:
+    if data == "huggingface" and task in HUB_ROWS and task != "humaneval":
         return                                               # downloaded when its turn comes
     try:
         open_task(task, "train", data=data, limit=1)
@@ -297,9 +306,15 @@ def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
     return defaults | overrides.get(step.stage, {}) | dict(step.fixed)
 
 # %% ../nbs/15_launch.ipynb #is-path
+FILES = ("text", "data", "conversations", "mixture", "tasks")      # parameters that may name some
+
+
 def _is_path(value) -> bool:
-    return isinstance(value, str) and ("/" in value
-                                       or Path(value).suffix != "") and Path(value).exists()
+    """Whether a value of one of these is a file or a folder, and no name of ours."""
+    from nanochat_nb.corpus import HUB_CORPORA
+    from nanochat_nb.tasks import EMBEDDED, REAL
+    names = {"", "world", "huggingface", *HUB_CORPORA, *EMBEDDED, *REAL}
+    return isinstance(value, str) and value not in names and Path(value).exists()
 
 
 def content_hash(path: str | Path) -> str:
@@ -338,7 +353,8 @@ def deciding(stage: str, parameters: dict) -> dict:
 def step_key(name: str, parameters: dict, upstream: dict[str, str]) -> str:
     """The key of a step: it changes with a parameter that decides the result,
     with a byte of a file that is read, or with an earlier step."""
-    decided = _with_contents(deciding(STEPS[name].stage, parameters))
+    decided = {json.dumps(k): _with_contents(v) if k in FILES else v
+               for k, v in deciding(STEPS[name].stage, parameters).items()}
     facts = {"step": name, "parameters": decided, "upstream": upstream}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -366,9 +382,10 @@ def marker_path(run: Path, step: Step) -> Path:
 def read_marker(run: Path, step: Step) -> dict:
     """A step's marker, or an empty dict."""
     try:
-        return json.loads(marker_path(run, step).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        marker = json.loads(marker_path(run, step).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def damage(run: Path, marker: dict) -> str:
@@ -870,7 +887,8 @@ def refresh(numbers: Sequence[str] = ()) -> None:
         print(f"{path.name}: {changed}, {time.monotonic() - start:.0f} s", flush=True)
 
 # %% ../nbs/15_launch.ipynb #later-flops
-ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200)}
+ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200),
+              "spellingbee": (1_000, 200)}
 TALK_TOKENS = 48                          # of an embedded conversation; above: (rows, tokens a row)
 
 
@@ -1137,7 +1155,7 @@ def series_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_all.sh miniseries", description="Train several depths on the laptop's corpus and "
         "fit the scaling law. The default takes 30 to 40 minutes on two cores with bf16 and AMX; "
-        "depth 8 is three quarters of it. Again: skips what is finished.")
+        "depth 8 is four fifths of it. Again: skips what is finished.")
     parser.add_argument("--depths", nargs="+", type=int, default=SERIES_DEPTHS, metavar="N",
                         help="layers of each model (default: 2 3 4 6 8)")
     parser.add_argument("--run", default="miniseries",

@@ -29,8 +29,9 @@ from .loader import (Shards, ahead, batch_documents, in_words, open_shards,
                                 pretraining_batches, write_shards)
 from .model import GPT, GPTConfig, key_blocks, train_in_fp8
 from .optimizer import build_optimizer
-from .runtime import (MetricsLog, Runtime, UserError, fast_dtype, keep_memory, nearest,
-                                 peak_memory_bytes, progress, run_folder, start_runtime, write_json)
+from .runtime import (MetricsLog, Runtime, UserError, cpu_flags, fast_dtype, keep_memory,
+                                 nearest, peak_memory_bytes, progress, run_folder, start_runtime,
+                                 write_json)
 from .tokenizer import Tokenizer, run_tokenizer
 
 # %% auto #0
@@ -528,7 +529,8 @@ def compiled(model: GPT, rt: Runtime, compile: bool):
 # %% ../nbs/11_pretraining.ipynb #recipe
 UNIMPORTANT = {
     "run", "documents", "micro_batch_rows", "eval_every", "eval_batches", "sample_every",
-    "save_every", "keep", "compile", "device", "dtype"
+    "save_every", "keep", "compile", "device", "dtype", "eval_examples", "eval_prompts",
+    "eval_samples"
 }
 
 
@@ -803,8 +805,7 @@ def this_hardware() -> Hardware:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return Hardware(found.name, torch.cuda.device_count(), found.total_memory)
-    amx = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
-    kind = "CPU-AMX" if amx else "CPU" if fast_dtype("cpu") == torch.bfloat16 else "CPU-FP32"
+    kind = "CPU-AMX" if "amx_bf16" in cpu_flags() else "CPU" if fast_dtype("cpu") == torch.bfloat16 else "CPU-FP32"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(kind, torch.get_num_threads(), memory)
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import nanochat_nb
-from .evaluation import CHATCORE, center
+from .evaluation import CHATCORE, center, standard_error
 from .pretraining import PRICES
 from .runtime import (MetricsLog, Runtime, UserError, run_command, run_folder,
                                  start_runtime, write_atomic, write_json)
@@ -78,6 +78,7 @@ def collect(folder: str | Path) -> dict:
                   }, "samples": {stage: e.get("samples", []) for stage, e in done.items()},
         "not_evaluated": {stage: e.get("skipped", {}) for stage, e in done.items()},
         "as_text": done.get("base", {}).get("as_text", {}),
+        "core_max_per_task": done.get("base", {}).get("parameters", {}).get("core_max_per_task"),
         "compression": read_json(folder / "tokenizer" / "summary.json").get("compression", {}),
         "environment": environment(folder, noted)
     }
@@ -376,7 +377,9 @@ def core_line(report: dict) -> str:
     """CORE in one sentence; a partial mean is never called CORE."""
     metrics, n = report["stages"]["base"]["metrics"], len(report["tasks"].get("base", {}))
     if "core" in metrics:
-        return (f"CORE {metrics['core']:.4f} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, "
+        limit = report.get("core_max_per_task")
+        sample = f", of at most {limit} rows a task" if limit else ""
+        return (f"CORE {metrics['core']:.4f}{sample} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, "
                 f"GPT-2 1.6B {GPT2['GPT-2 1.6B']['core']:.4f}).")
     if "core_partial" in metrics:
         return (f"CORE was not complete: the mean over {n} of 22 tasks is "
@@ -466,7 +469,8 @@ def headline_errors(report: dict) -> dict[str, float]:
     """Standard errors of those headline numbers that have one: tasks, and the means over them."""
     stages = report.get("tasks", {})
     last = next((stages[s] for s in ("rl", "sft") if stages.get(s)), {})
-    out = {task: r.get("stderr", 0.0) for task, r in last.items()}
+    out = {task: r["stderr"] or standard_error(1 / (r["n"] + 2), r["n"] + 2)   # all right, or none
+           for task, r in last.items()}
     def mean(errors: Sequence[float]) -> float:
         return math.hypot(*errors) / len(errors)
     for key, names in (("chatcore", CHATCORE), ("chatcore_embedded", EMBEDDED)):

@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 
 # %% auto #0
-__all__ = ['PALETTE', 'DTYPES', 'UserError', 'run_command', 'nearest', 'plot_style', 'live', 'detect_device', 'fast_dtype',
-           'compute_dtype', 'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime', 'seed_of',
-           'generator', 'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress',
+__all__ = ['PALETTE', 'DTYPES', 'UserError', 'run_command', 'nearest', 'plot_style', 'live', 'detect_device', 'cpu_flags',
+           'fast_dtype', 'compute_dtype', 'parse_dtype', 'Runtime', 'join_ranks', 'stop_runtime', 'start_runtime',
+           'seed_of', 'generator', 'write_atomic', 'write_json', 'file_hash', 'run_folder', 'MetricsLog', 'progress',
            'peak_memory_bytes', 'keep_memory']
 
 # %% ../nbs/00_runtime.ipynb #usererror
@@ -115,14 +115,16 @@ def detect_device(name: str | None = None) -> torch.device:
     return torch.device(kind, int(index)) if index else torch.device(kind)
 
 # %% ../nbs/00_runtime.ipynb #cpu-flags
-def _cpu_flags() -> set[str]:
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that the processor can do, as in /proc/cpuinfo; empty elsewhere."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
-                return set(line.split(":", 1)[1].split())
+                return frozenset(line.split(":", 1)[1].split())
     except OSError:
         pass
-    return set()
+    return frozenset()
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -130,7 +132,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
-    if device.type == "cpu" and _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+    if device.type == "cpu" and cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         return torch.bfloat16
     return torch.float32
 

@@ -466,7 +466,7 @@ def model_bytes(folder: Path, stage: str) -> int:
     config = GPTConfig(**json.loads((path / "meta.json").read_text(encoding="utf-8"))["config"])
     numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim     # of a token in the cache
     cache = 4 * numbers * ROWS * config.sequence_len
-    return (path / "model.safetensors").stat().st_size * 3 // 2 + cache
+    return (path / "model.safetensors").stat().st_size * 2 + cache
 
 
 def half_of_memory(device: torch.device) -> int:
@@ -869,7 +869,7 @@ def metrics_text(metrics: Metrics, gauges: Mapping[str, float]) -> str:
             lines.append(f"# TYPE {metric if part == 'total' else family} "
                          f"{'counter' if part == 'total' else 'histogram'}")
         for labels, total in rows:
-            inside = ",".join(f"{k}={json.dumps(v)}" for k, v in labels)
+            inside = ",".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in labels)
             lines.append(f"{metric}{{{inside}}} {total}")
     for metric, value in gauges.items():
         lines += [f"# TYPE {metric} gauge", f"{metric} {value}"]
@@ -996,16 +996,17 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
     """Find the model, check the limits, and answer: whole, or as a stream."""
     with contextlib.ExitStack() as held:
         worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
-        if worker.waiting >= limits.requests:
-            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                           headers={"Retry-After": "2"})
         if body.top is not None and not hasattr(worker.engine, "model"):
             raise ApiError(400, "logprobs are not available here", param="logprobs")
         most = limits.choices
-        job = prepare(worker, body, limits) if (body.n or 1) <= most else None
+        job = (await run_in_threadpool(prepare, worker, body, limits) if (body.n or 1) <= most
+               else None)                                    # a long conversation takes its time
         if job is None or len(job.prompts) > most:
             raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
                            param="n")
+        if worker.waiting and worker.waiting + len(job.prompts) > limits.requests:
+            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                           headers={"Retry-After": "2"})
         name = body.model or pool.default
         request.state.job, request.state.model = job, name
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")

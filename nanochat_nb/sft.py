@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -126,7 +126,7 @@ def text_rows(rows: int, share: float) -> int:
     return round(share * rows)
 
 
-def sft_steps(packed: PackedRows, rows: int, *, steps: int, epochs: float) -> int:
+def sft_steps(packed: Sized, rows: int, *, steps: int, epochs: float) -> int:
     """Optimizer steps: as given, or so many that the rows are gone through `epochs` times."""
     if steps < 0 or (not steps and epochs <= 0):
         raise UserError(

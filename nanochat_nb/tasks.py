@@ -306,7 +306,7 @@ def read_core_arc(path: Path) -> list[dict]:
 # %% ../nbs/09_tasks.ipynb #local-rows
 CORE_ARC = {"arc-easy": "arc_easy", "arc-challenge": "arc_challenge"}
 CSV_SPLITS = {"train": "auxiliary_train", "val": "val", "test": "test"}
-HUB_SPLITS = {"mmlu": {"train": "auxiliary_train", "val": "validation"}, "humaneval": {}}
+HUB_SPLITS = {"mmlu": {"train": "auxiliary_train", "val": "validation"}}
 
 
 def local_rows(name: str, split: str, folder: Path) -> list[dict] | None:
@@ -350,6 +350,8 @@ def real_rows(name: str, split: str, data: str | Path, limit: int | None = None)
     They come from the folder `data`, or through `datasets` when `data` is "huggingface", in
     nanochat's order: the first hundred here are the first hundred there. Raises DataMissing.
     """
+    if name == "humaneval" and split != "test":
+        raise DataMissing("task 'humaneval': it is an exam; there is nothing to train on")
     if data and name == "spellingbee":
         return spelling_rows(split, Path(data))[:limit]
     if str(data) == "huggingface":

@@ -1,5 +1,6 @@
 """Several gloo ranks train the model that one rank trains: same losses, same weights, states that fit any world size."""
 import os
+import re
 import resource
 import socket
 
@@ -200,3 +201,13 @@ def test_mps_only_when_asked_for(monkeypatch):
 def test_joining_ranks_leaves_the_dtype_alone(monkeypatch):
     monkeypatch.setattr(runtime, "_compute_dtype", torch.bfloat16)
     assert join_ranks(torch.device("cpu")) == (0, 1, 0) and compute_dtype() == torch.bfloat16
+
+
+def test_the_command_for_several_machines_is_one_that_torchrun_takes(root):
+    """As chapters/setup.md prints it: what follows `--` is ours, however much it looks like torchrun's."""
+    from torch.distributed.run import parse_args
+    page = (root / "chapters" / "setup.md").read_text("utf-8")
+    command = re.search(r"torchrun (--nnodes.*?) \|\| break", page, re.DOTALL)[1].replace("\\\n", "")
+    found = parse_args(command.split())
+    assert found.module and found.training_script == "nanochat_nb.launch" and found.nnodes == "2"
+    assert found.training_script_args == ["$step", "--run", "$run", "--preset", "speedrun"]

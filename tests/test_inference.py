@@ -68,8 +68,8 @@ def test_greedy_equals_the_naive_loop_whatever_arrives_when(tok, changes):
 @torch.inference_mode()
 def test_the_short_step_equals_the_models_own(changes):
     model, near = make_model(**changes).inference_copy(), 1e-4 if changes.get("dtype") is None else 0.1
-    for rows in ([[7] * 140], [[1, 2], [7] * 150, [5] * 127]):
-        caches = [inference.RowCache(model.config, 4, 300, model.device, model.dtype) for _ in "ab"]
+    for rows in ([[7] * 140], [[1, 2], [7] * 150, [5] * 127], [[i, 2] * (i + 60) for i in range(9)]):
+        caches = [inference.RowCache(model.config, 9, 300, model.device, model.dtype) for _ in "ab"]
         for snapshot in inference.prefill(model, rows)[0]:
             for cache in caches:
                 cache.enter(snapshot)

@@ -265,6 +265,7 @@ def test_who_hangs_up_frees_a_row_and_a_full_queue_says_come_back(tok):
         assert refused.json()["error"]["type"] == "rate_limit_error"
         streams[0].__exit__(None, None, None)
         wait_until(lambda: len(engine.rows) == 1)
+        assert client.post(f"{live.address}/completions", json=ask | {"n": 2}).status_code == 429      # one would fit, two do not
         with pytest.raises(httpx.TimeoutException):          # it gets in, and gives up
             client.post(f"{live.address}/completions", json=ask, timeout=0.5)
         streams[1].__exit__(None, None, None)

@@ -8,7 +8,9 @@ import yaml
 import nanochat_nb.sft as sft
 import nanochat_nb.tasks as tasks
 from nanochat_nb.corpus import split_of
+from nanochat_nb.evaluation import open_tasks
 from nanochat_nb.rl import open_questions
+from nanochat_nb.runtime import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
@@ -126,3 +128,23 @@ def test_a_shared_system_prompt_does_not_decide_what_is_held_out(tmp_path):
         held = len(sft.open_split(str(path), "val", data="", examples=1000, seed=0))
         assert 2 <= held <= 25
         assert len(sft.open_split(str(path), "train", data="", examples=0, seed=0)) == 200 - held
+
+
+def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch):
+    """What cannot be downloaded is left out, with the reason; a damaged file of the user's own stops."""
+    def load(name: str, split: str):
+        raise UserError(f"cannot load {name} ({split}): no route to the hub")
+
+    monkeypatch.setattr(tasks, "load_hf_rows", load)
+    opened, skipped = open_tasks(["fact", "mmlu", "gsm8k"], "huggingface", 5, 0)
+    assert [task.name for task in opened] == ["fact"] and set(skipped) == {"mmlu", "gsm8k"}
+    assert all("no route to the hub" in reason for reason in skipped.values())
+
+
+def test_nothing_trains_on_an_exam(tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(hub_row("humaneval", 1)) + "\n")
+    assert len(tasks.open_task("humaneval", data=tmp_path)) == 1
+    for data in (tmp_path, "huggingface"):
+        with pytest.raises(tasks.DataMissing, match="exam"):
+            tasks.open_task("humaneval", "train", data=data)
