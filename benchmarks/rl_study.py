@@ -2,13 +2,15 @@
 
     python benchmarks/rl_study.py runs/laptop [--seeds 1 2 3] [--steps 48] [--only NAME ...] [--out FILE.jsonl]
     python benchmarks/rl_study.py runs/laptop --rivals TFLOPS [--seeds 1 2 3] [--out FILE.jsonl]
+    python benchmarks/rl_study.py runs/laptop --solutions 300 --times 14 […]
 
 Each recipe below starts from the same SFT weights and practises word problems. Three rivals spend the FLOPs of the first recipe on
 more fine-tuning: on the solutions of new word problems, on the mixture of the run's own fine-tuning (again, in the same
 order: once), and on that mixture's word problems alone. With one seed RL and the first rival get the same questions, which the run's
 own fine-tuning (seed 0) has not shown; RL sees only whether its answers are right. All are tested on the same 200 held-out
 problems, 8 answers each at temperature 1 (pass@1, pass@8, unbiased), 8 at temperature 0.5 (cold), and one at temperature 0.
-With --rivals nothing is practised: the rivals alone, at so many FLOPs. Nothing is written to RUN.
+With --rivals nothing is practised: the rivals alone, at so many FLOPs. With --solutions the run's base is first fine-tuned anew, as
+the run was but with so few word problems, each shown --times times, and all that follows starts there. Nothing is written to RUN.
 """
 import argparse
 import json
@@ -23,6 +25,7 @@ from nanochat_nb.inference import Engine
 from nanochat_nb.rl import open_questions, roll_out, run_rl, test_pass
 from nanochat_nb.runtime import MetricsLog, start_runtime
 from nanochat_nb.sft import run_sft
+from nanochat_nb.tasks import open_task
 
 TASKS = ["word_problem"]
 SCORES = {"pass@1": "pass@1", "pass@8": "pass@8", "pass@1_cold": "cold", "greedy": "greedy"}   # and their heads
@@ -87,13 +90,13 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, what: str, rate: float
     model, _, meta = load_model(run, stage="sft", device=rt.device, dtype=rt.dtype)
     steps = max(1, round(flops / model.flops_per_token() / BATCH))
     before = meta["recipe"]
-    options = {name: before[name] for name in ("mixture", "examples", "seed")}
+    options = {name: before[name] for name in ("mixture", "examples", "seed", "conversations", "conversation_epochs")}
     if what == "the same mixture":
         options["text_share"] = before["text_share"]
     else:
         options["mixture"] = {task: before["mixture"][task] for task in TASKS}
     if what == "solutions of new problems":
-        options |= {"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed}
+        options |= {"mixture": dict.fromkeys(TASKS, 1.0), "examples": steps * BATCH // 150, "seed": seed, "conversations": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copytree(run / "tokenizer", folder / "tokenizer")
@@ -102,6 +105,22 @@ def fine_tuned(run: Path, flops: float, seed: int, rt, *, what: str, rate: float
         run_sft(run=str(folder), epochs=1.0, steps=steps, total_batch_tokens=BATCH, lr_fraction=rate, eval_every=0,
                 eval_examples=5, **options)
         return examine(folder, "sft", rt) | {"flops": steps * BATCH * model.flops_per_token()}
+
+
+def with_few_solutions(run: Path, folder: Path, solutions: int, times: float) -> Path:
+    """`folder`, with the run's base fine-tuned as it was but on `solutions` word problems, each shown `times` times (one in twenty
+    once: of conversations from a file so many are kept for validation)."""
+    before, again = load_checkpoint(run / "sft").meta["recipe"], folder / "again.jsonl"
+    for part in ("tokenizer", "base"):
+        shutil.copytree(run / part, folder / part)
+    (folder / "tokens").symlink_to((run / "tokens").resolve())
+    task = open_task("word_problem", "train", limit=solutions, seed=before["seed"])
+    again.write_text("".join(json.dumps(task[i]["messages"]) + "\n" for i in range(solutions)))
+    options = {name: before[name] for name in ("mixture", "examples", "epochs", "total_batch_tokens", "lr_fraction", "text_share", "seed", "conversations")}
+    options["conversations"] = [*before["conversations"], str(again)]
+    options["mixture"] = before["mixture"] | {"word_problem": solutions / before["examples"]}
+    run_sft(run=str(folder), steps=0, eval_every=0, conversation_epochs=times - 1, **options)
+    return folder
 
 
 def line(name: str, results: list[dict], seconds: float) -> str:
@@ -122,11 +141,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--rivals", type=float, metavar="TFLOPS")
+    parser.add_argument("--solutions", type=int, default=0, help="so many distinct word problems in fine-tuning (default: as RUN)")
+    parser.add_argument("--times", type=float, default=14.0, help="how often each is shown then (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a .jsonl file for every single result")
     args = parser.parse_args()
     rt = start_runtime("cpu", "")
     if load_checkpoint(args.run / "sft").meta["recipe"]["seed"] != 0:
         parser.error("the study's seeds begin at 1: it needs a run that was fine-tuned with seed 0")
+    with tempfile.TemporaryDirectory() as place:
+        study(with_few_solutions(args.run, Path(place), args.solutions, args.times) if args.solutions else args.run, args, rt)
+
+
+def study(run: Path, args, rt) -> None:
+    """The table, a line after another."""
     print("| recipe | seeds | " + " | ".join(SCORES.values()) + " | TFLOPs | s |\n" + "|---" * (len(SCORES) + 4) + "|", flush=True)
 
     def tried(name: str, seeds, work) -> list[dict]:
@@ -135,20 +162,21 @@ def main() -> None:
             results.append(work(seed))
             if args.out:
                 with args.out.open("a") as file:
-                    file.write(json.dumps({"recipe": name, "seed": seed} | results[-1]) + "\n")
+                    few = {"solutions": args.solutions} if args.solutions else {}
+                    file.write(json.dumps(few | {"recipe": name, "seed": seed} | results[-1]) + "\n")
         print(line(name, results, (time.monotonic() - start) / len(results)), flush=True)
         return results
 
     def rivals(flops: float) -> None:
         for what, rate in RIVALS:
             tried(f"more SFT, {what}, {rate} of the rates", args.seeds if what == "solutions of new problems" else [0],
-                  lambda seed: fine_tuned(args.run, flops, seed, rt, what=what, rate=rate))
+                  lambda seed: fine_tuned(run, flops, seed, rt, what=what, rate=rate))
 
     if args.rivals:
         return rivals(args.rivals * 1e12)
-    tried("SFT", [0], lambda seed: examine(args.run, "sft", rt))
+    tried("SFT", [0], lambda seed: examine(run, "sft", rt))
     for name in args.only:
-        results = tried(name, args.seeds, lambda seed: practised(args.run, RECIPES[name], seed, args.steps, rt))
+        results = tried(name, args.seeds, lambda seed: practised(run, RECIPES[name], seed, args.steps, rt))
         if name == next(iter(RECIPES)):
             rivals(statistics.mean(r["flops"] for r in results))
 

@@ -1024,6 +1024,8 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
              if checkpoint == "base" else tasks)
     opened, skipped = (open_tasks(asked, data, max_per_task, seed)
                        if asked or not tasks else ([], {}))
+    skipped = {k: why for rank in rt.gather(skipped) for k, why in rank.items()}
+    opened = [task for task in opened if task.name not in skipped]    # the same on every rank
     model, tokenizer, meta = open_checkpoint(folder, checkpoint, not run, rt)
     source = open_texts(folder, text, seed)
     texts = held_out(source, held_out_documents)

@@ -367,11 +367,14 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
     return RunResult(ok, stdout, stderr, error, timed_out, truncated, method)
 
 # %% ../nbs/07_execution.ipynb #reason
+_LEFT = "the program left before its last line"   # what _GUARD says of sys.exit
+
+
 def _reason(code: int, stderr: str, timed_out: bool, timeout: float) -> str:
     """One line on why a program failed."""
     if timed_out:
         return f"timed out after {timeout:g} s"
-    left = stderr.rstrip().endswith("the program left before its last line")   # by sys.exit
+    left = stderr.rstrip().endswith(_LEFT)
     number = 0 if left else -code if code < 0 else code - 128
     if 0 < number < 65:
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)

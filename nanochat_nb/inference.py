@@ -722,9 +722,9 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def reordered(weight: Tensor) -> Tensor | None:
     """A copy of `weight` (outputs, inputs) in the order in which oneDNN, PyTorch's library for
     products on a CPU, reads it; None where that gains nothing or cannot be had."""
-    known = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-             and {torch.float32, fast_dtype("cpu")})
-    if len(weight) < 64 or not known or weight.dtype not in known:
+    if not torch.backends.mkldnn.is_available() or len(weight) < 64:
+        return None
+    if weight.dtype not in (torch.float32, fast_dtype("cpu")):
         return None
     rows = 64                                                # of x, about; others may come
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
@@ -734,30 +734,32 @@ class Product:
     """The outputs of all `parts` side by side; plain matrices are joined to one."""
 
     def __init__(self, *parts: nn.Module):
-        self.parts, self.matrix = parts, None
+        self.parts, self.matrix, self.blocks = parts, None, None
         if all(type(part) is Linear for part in parts):
             rows = [part.weight for part in parts]
             weight = torch.cat(rows) if len(rows) > 1 else rows[0]
-            self.matrix, self.blocks = weight.T, reordered(weight)
+            self.blocks = reordered(weight)
+            if self.blocks is None or weight.dtype == torch.float32 and weight.numel() < 2**18:
+                self.matrix = weight.T                       # as it is, for a few rows at least
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, inputs) -> (B, outputs)."""
-        if self.matrix is None:
-            return torch.cat([part(x) for part in self.parts], dim=-1)
         if self.in_blocks(x):
             return torch.ops.mkldnn._linear_pointwise.default(x, self.blocks, None, "none", [], "")
-        return x.mm(self.matrix)
+        if self.matrix is not None:
+            return x.mm(self.matrix)
+        made = [part(x) for part in self.parts]
+        return torch.cat(made, dim=-1) if len(made) > 1 else made[0]
 
     def in_blocks(self, x: Tensor) -> bool:
-        """Whether the reordered matrix is the faster one for x."""
-        large = len(x) >= 8 or self.matrix.numel() >= 2**18  # else a float32 row is faster in order
-        return self.blocks is not None and (large or x.dtype == torch.bfloat16)
+        """Whether the reordered matrix is the faster one for x, or the only one."""
+        return self.blocks is not None and (self.matrix is None or len(x) >= 8)
 
     def onto(self, stream: Tensor, x: Tensor) -> Tensor:
         """Add the outputs to `stream` (B, outputs), in place."""
-        if self.matrix is None or self.in_blocks(x):
-            return stream.add_(self(x))
-        return stream.addmm_(x, self.matrix)
+        if self.matrix is not None and not self.in_blocks(x):
+            return stream.addmm_(x, self.matrix)
+        return stream.add_(self(x))
 
 # %% ../nbs/08_inference.ipynb #short-place
 class Place(NamedTuple):

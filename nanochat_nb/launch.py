@@ -37,9 +37,9 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
                                  nearest, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'STEPS', 'ROOT', 'FILES', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage',
-           'Step', 'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned',
-           'check_sizes', 'check_names', 'check_source', 'stage_parameters', 'content_hash', 'deciding', 'step_key',
+__all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage', 'Step',
+           'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned', 'check_sizes',
+           'check_names', 'check_source', 'stage_parameters', 'file_parameters', 'content_hash', 'deciding', 'step_key',
            'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside',
            'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports',
            'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier',
@@ -306,15 +306,12 @@ def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:
     return defaults | overrides.get(step.stage, {}) | dict(step.fixed)
 
 # %% ../nbs/15_launch.ipynb #is-path
-FILES = ("text", "data", "conversations", "mixture", "tasks")      # parameters that may name some
-
-
-def _is_path(value) -> bool:
-    """Whether a value of one of these is a file or a folder, and no name of ours."""
+def file_parameters() -> dict[str, set[str]]:
+    """The parameters that may name files or folders, with the names that mean something else."""
     from nanochat_nb.corpus import HUB_CORPORA
     from nanochat_nb.tasks import EMBEDDED, REAL
-    names = {"", "world", "huggingface", *HUB_CORPORA, *EMBEDDED, *REAL}
-    return isinstance(value, str) and value not in names and Path(value).exists()
+    return {"text": {"world", *HUB_CORPORA}, "data": {"", "huggingface"}, "conversations": set(),
+            "mixture": {*EMBEDDED, *REAL}}
 
 
 def content_hash(path: str | Path) -> str:
@@ -327,14 +324,15 @@ def content_hash(path: str | Path) -> str:
                                   for p in inside).encode()).hexdigest()
 
 
-def _with_contents(value):
+def _with_contents(value, names: set[str]):
     """`value` with every path to a file or folder replaced by its name
     and the hash of what is in it."""
     if isinstance(value, dict):
-        return {json.dumps(_with_contents(k)): _with_contents(v) for k, v in value.items()}
+        return {json.dumps(_with_contents(k, names)): v for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_contents(v) for v in value]
-    return [Path(value).name, content_hash(value)] if _is_path(value) else value
+        return [_with_contents(v, names) for v in value]
+    path = isinstance(value, str) and value not in names and Path(value).exists()
+    return [Path(value).name, content_hash(value)] if path else value
 
 # %% ../nbs/15_launch.ipynb #deciding
 def deciding(stage: str, parameters: dict) -> dict:
@@ -353,7 +351,8 @@ def deciding(stage: str, parameters: dict) -> dict:
 def step_key(name: str, parameters: dict, upstream: dict[str, str]) -> str:
     """The key of a step: it changes with a parameter that decides the result,
     with a byte of a file that is read, or with an earlier step."""
-    decided = {json.dumps(k): _with_contents(v) if k in FILES else v
+    files = file_parameters()
+    decided = {json.dumps(k): _with_contents(v, files[k]) if k in files else v
                for k, v in deciding(STEPS[name].stage, parameters).items()}
     facts = {"step": name, "parameters": decided, "upstream": upstream}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -529,8 +529,7 @@ def compiled(model: GPT, rt: Runtime, compile: bool):
 # %% ../nbs/11_pretraining.ipynb #recipe
 UNIMPORTANT = {
     "run", "documents", "micro_batch_rows", "eval_every", "eval_batches", "sample_every",
-    "save_every", "keep", "compile", "device", "dtype", "eval_examples", "eval_prompts",
-    "eval_samples"
+    "save_every", "keep", "compile", "device", "dtype"
 }
 
 
@@ -805,7 +804,8 @@ def this_hardware() -> Hardware:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return Hardware(found.name, torch.cuda.device_count(), found.total_memory)
-    kind = "CPU-AMX" if "amx_bf16" in cpu_flags() else "CPU" if fast_dtype("cpu") == torch.bfloat16 else "CPU-FP32"
+    amx = "amx_bf16" in cpu_flags()
+    kind = "CPU-AMX" if amx else "CPU" if fast_dtype("cpu") == torch.bfloat16 else "CPU-FP32"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(kind, torch.get_num_threads(), memory)
 

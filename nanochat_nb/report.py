@@ -376,14 +376,14 @@ def text_line(metrics: dict) -> str:
 def core_line(report: dict) -> str:
     """CORE in one sentence; a partial mean is never called CORE."""
     metrics, n = report["stages"]["base"]["metrics"], len(report["tasks"].get("base", {}))
+    limit = report.get("core_max_per_task")
+    sample = f", of at most {limit} rows a task" if limit else ""
     if "core" in metrics:
-        limit = report.get("core_max_per_task")
-        sample = f", of at most {limit} rows a task" if limit else ""
         return (f"CORE {metrics['core']:.4f}{sample} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, "
                 f"GPT-2 1.6B {GPT2['GPT-2 1.6B']['core']:.4f}).")
     if "core_partial" in metrics:
         return (f"CORE was not complete: the mean over {n} of 22 tasks is "
-                f"{metrics['core_partial']:.4f}, which is not a CORE score.")
+                f"{metrics['core_partial']:.4f}, which is not a CORE score{sample}.")
     return "CORE was not measured."
 
 # %% ../nbs/14_report.ipynb #markdown
@@ -469,16 +469,17 @@ def headline_errors(report: dict) -> dict[str, float]:
     """Standard errors of those headline numbers that have one: tasks, and the means over them."""
     stages = report.get("tasks", {})
     last = next((stages[s] for s in ("rl", "sft") if stages.get(s)), {})
-    out = {task: r["stderr"] or standard_error(1 / (r["n"] + 2), r["n"] + 2)   # all right, or none
-           for task, r in last.items()}
+    def error(r: dict) -> float:     # all right, or none: as if one more were, and one were not
+        return r["stderr"] or standard_error(1 / (r["n"] + 2), r["n"] + 2)
+    out = {task: error(r) for task, r in last.items()}
     def mean(errors: Sequence[float]) -> float:
         return math.hypot(*errors) / len(errors)
     for key, names in (("chatcore", CHATCORE), ("chatcore_embedded", EMBEDDED)):
         if all(name in last for name in names):
             out[key] = mean([out[name] / (1 - last[name].get("chance", 0.0)) for name in names])
-    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]  # at 1 the error is 0
+    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]  # 1 tells no chance
     if core:
-        errors = [r["stderr"] * (1 - r["centered"]) / (1 - r["accuracy"]) for r in core]
+        errors = [error(r) * (1 - r["centered"]) / (1 - r["accuracy"]) for r in core]
         out["core"] = out["core_partial"] = math.hypot(*errors) / len(stages["base"])
     return out
 

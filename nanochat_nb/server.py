@@ -996,6 +996,10 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
     """Find the model, check the limits, and answer: whole, or as a stream."""
     with contextlib.ExitStack() as held:
         worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
+        full = ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                        headers={"Retry-After": "2"})
+        if worker.waiting >= limits.requests:
+            raise full
         if body.top is not None and not hasattr(worker.engine, "model"):
             raise ApiError(400, "logprobs are not available here", param="logprobs")
         most = limits.choices
@@ -1005,8 +1009,7 @@ async def answer_request(pool: ModelPool, limits: Limits, request: Request, body
             raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
                            param="n")
         if worker.waiting and worker.waiting + len(job.prompts) > limits.requests:
-            raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                           headers={"Retry-After": "2"})
+            raise full
         name = body.model or pool.default
         request.state.job, request.state.model = job, name
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")

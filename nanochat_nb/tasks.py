@@ -351,7 +351,7 @@ def real_rows(name: str, split: str, data: str | Path, limit: int | None = None)
     nanochat's order: the first hundred here are the first hundred there. Raises DataMissing.
     """
     if name == "humaneval" and split != "test":
-        raise DataMissing("task 'humaneval': it is an exam; there is nothing to train on")
+        raise UserError("task 'humaneval' is an exam; there is nothing to train on")
     if data and name == "spellingbee":
         return spelling_rows(split, Path(data))[:limit]
     if str(data) == "huggingface":

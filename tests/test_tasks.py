@@ -130,7 +130,7 @@ def test_a_shared_system_prompt_does_not_decide_what_is_held_out(tmp_path):
         assert len(sft.open_split(str(path), "train", data="", examples=0, seed=0)) == 200 - held
 
 
-def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch):
+def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch, tmp_path):
     """What cannot be downloaded is left out, with the reason; a damaged file of the user's own stops."""
     def load(name: str, split: str):
         raise UserError(f"cannot load {name} ({split}): no route to the hub")
@@ -139,6 +139,10 @@ def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch):
     opened, skipped = open_tasks(["fact", "mmlu", "gsm8k"], "huggingface", 5, 0)
     assert [task.name for task in opened] == ["fact"] and set(skipped) == {"mmlu", "gsm8k"}
     assert all("no route to the hub" in reason for reason in skipped.values())
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("{broken\n")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        open_tasks(["fact", "gsm8k"], str(tmp_path), 5, 0)
 
 
 def test_nothing_trains_on_an_exam(tmp_path):
@@ -146,5 +150,5 @@ def test_nothing_trains_on_an_exam(tmp_path):
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(hub_row("humaneval", 1)) + "\n")
     assert len(tasks.open_task("humaneval", data=tmp_path)) == 1
     for data in (tmp_path, "huggingface"):
-        with pytest.raises(tasks.DataMissing, match="exam"):
+        with pytest.raises(UserError, match="is an exam"):
             tasks.open_task("humaneval", "train", data=data)
