@@ -253,17 +253,20 @@ def test_git_filter_leaves_clean_notebooks_alone(path):
     assert "".join(used["cells"][0]["source"]).encode() in hooks.show(data)
 
 
-def test_the_study_of_rl_is_drawn_from_its_runs():
-    """The numbers that 13 draws for long runs are those of benchmarks/rl_study.jsonl."""
+@pytest.mark.parametrize("name, solutions, steps, flops", [("long_study", None, 200, (1e13, 3e13)), ("few_study", 300, 60, (1e12, 1.1e13))])
+def test_the_study_of_rl_is_drawn_from_its_runs(name, solutions, steps, flops):
+    """The numbers that 13 draws are those of benchmarks/rl_study.jsonl."""
+    recipes = {"RL, 200 steps": "MaxRL, cooler", "RL with old solutions": "MaxRL, cooler", "RL without (MaxRL)": "MaxRL: right",
+               "RL without (preset's recipe)": "minus the mean"}
     runs = [json.loads(line) for line in (ROOT / "benchmarks" / "rl_study.jsonl").read_text().splitlines()]
-    cell = next(c for c in code_cells(ROOT / "nbs" / "13_rl.ipynb") if "long_study = {" in c["source"])
+    runs = [r for r in runs if r.get("solutions") == solutions and r.get("steps") in (None, steps) and flops[0] < r.get("flops", 0) < flops[1]]
+    cell = next(c for c in code_cells(ROOT / "nbs" / "13_rl.ipynb") if f"{name} = {{" in c["source"])
     drawn = next(ast.literal_eval(node.value) for node in ast.parse(cell["source"]).body
-                 if isinstance(node, ast.Assign) and node.targets[0].id == "long_study")
-    names = ("pass@1", "pass@1_cold", "greedy", "pass@8")
-    for name, rows in drawn.items():
-        wanted = "MaxRL, cooler" if name == "RL, 200 steps" else f"more SFT, {name}"
-        made = [[100 * r[f"word_problem_{n}"] for n in names] for r in sorted(runs, key=lambda r: r["seed"])
-                if "solutions" not in r and r["recipe"].startswith(wanted) and r.get("steps") in (None, 200) and r.get("flops", 0) > 1e13]
-        assert len(made) == len(rows), name
+                 if isinstance(node, ast.Assign) and node.targets[0].id == name)
+    columns = ("pass@1", "pass@1_cold", "greedy", "pass@8")
+    for method, rows in drawn.items():
+        made = [[100 * r[f"word_problem_{n}"] for n in columns] for r in sorted(runs, key=lambda r: (r["seed"], r["recipe"]))
+                if r["recipe"].startswith(recipes.get(method, f"more SFT, {method}"))]
+        assert len(made) == len(rows), method
         for row, run in zip(rows, made):
-            assert row == pytest.approx(run, abs=0.0501), name
+            assert row == pytest.approx(run, abs=0.0501), method
