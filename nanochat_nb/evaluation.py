@@ -45,8 +45,8 @@ __all__ = ['CORE_SIZE', 'CORE_BUNDLE', 'CPU_TOKENS', 'CHOICE_LINE', 'CHATCORE', 
            'evaluate_core', 'load_hub', 'pick_letters', 'write_answers', 'answer_text', 'reference', 'constant_score',
            'ngram_answers', 'transcript', 'by_topic', 'verdicts', 'ngram_score', 'evaluate_task', 'chatcore',
            'open_checkpoint', 'summary_of', 'open_texts', 'held_out', 'measure_text', 'continuations', 'fit_ngram',
-           'open_tasks', 'write_records', 'score_line', 'asked_as_text', 'base_answers', 'examine_base', 'examine_chat',
-           'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval', 'main']
+           'open_tasks', 'everywhere', 'write_records', 'score_line', 'asked_as_text', 'base_answers', 'examine_base',
+           'examine_chat', 'score_metrics', 'run_eval', 'check_request', 'Stopwatch', 'finish_eval', 'main']
 
 # %% ../nbs/10_evaluation.ipynb #ngram
 class NGram:
@@ -912,6 +912,13 @@ def open_tasks(names: Sequence[str], data: str, limit: int,
                 skipped[name] = str(error).partition(": ")[2]
     return opened, skipped
 
+
+def everywhere(opened: list[Task], skipped: dict[str, str],
+               rt: Runtime) -> tuple[list[Task], dict[str, str]]:
+    """The same without what any one of the ranks cannot run: all sit the same exam."""
+    skipped = {name: why for rank in rt.gather(skipped) for name, why in rank.items()}
+    return [task for task in opened if task.name not in skipped], skipped
+
 # %% ../nbs/10_evaluation.ipynb #write-records
 def write_records(folder: Path, checkpoint: str, task: str, records: Sequence[dict]) -> None:
     """One line per row of a task, to read with one's own eyes: `eval/CHECKPOINT-TASK.jsonl`."""
@@ -1024,8 +1031,7 @@ def run_eval(*, run: str = "", checkpoint: str = "sft", text: list[str] = [],
              if checkpoint == "base" else tasks)
     opened, skipped = (open_tasks(asked, data, max_per_task, seed)
                        if asked or not tasks else ([], {}))
-    skipped = {k: why for rank in rt.gather(skipped) for k, why in rank.items()}
-    opened = [task for task in opened if task.name not in skipped]    # the same on every rank
+    opened, skipped = everywhere(opened, skipped, rt)
     model, tokenizer, meta = open_checkpoint(folder, checkpoint, not run, rt)
     source = open_texts(folder, text, seed)
     texts = held_out(source, held_out_documents)

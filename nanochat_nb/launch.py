@@ -887,7 +887,7 @@ def refresh(numbers: Sequence[str] = ()) -> None:
 
 # %% ../nbs/15_launch.ipynb #later-flops
 ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200),
-              "spellingbee": (1_000, 200)}
+              "spellingbee": (1_000, 115)}
 TALK_TOKENS = 48                          # of an embedded conversation; above: (rows, tokens a row)
 
 

@@ -382,8 +382,8 @@ def core_line(report: dict) -> str:
         return (f"CORE {metrics['core']:.4f}{sample} (GPT-2 124M {GPT2['GPT-2 124M']['core']:.4f}, "
                 f"GPT-2 1.6B {GPT2['GPT-2 1.6B']['core']:.4f}).")
     if "core_partial" in metrics:
-        return (f"CORE was not complete: the mean over {n} of 22 tasks is "
-                f"{metrics['core_partial']:.4f}, which is not a CORE score{sample}.")
+        return (f"CORE was not complete: the mean over {n} of 22 tasks{sample} is "
+                f"{metrics['core_partial']:.4f}, which is not a CORE score.")
     return "CORE was not measured."
 
 # %% ../nbs/14_report.ipynb #markdown
@@ -477,7 +477,7 @@ def headline_errors(report: dict) -> dict[str, float]:
     for key, names in (("chatcore", CHATCORE), ("chatcore_embedded", EMBEDDED)):
         if all(name in last for name in names):
             out[key] = mean([out[name] / (1 - last[name].get("chance", 0.0)) for name in names])
-    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]  # 1 tells no chance
+    core = [r for r in stages.get("base", {}).values() if r["accuracy"] < 1]  # at 1 nothing tells the chance
     if core:
         errors = [error(r) * (1 - r["centered"]) / (1 - r["accuracy"]) for r in core]
         out["core"] = out["core_partial"] = math.hypot(*errors) / len(stages["base"])

@@ -117,7 +117,7 @@ def detect_device(name: str | None = None) -> torch.device:
 # %% ../nbs/00_runtime.ipynb #cpu-flags
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What Linux says that the processor can do, as in /proc/cpuinfo; empty where that has no such line."""
+    """What Linux says that the processor can do (/proc/cpuinfo); empty where it does not say."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):

@@ -403,3 +403,17 @@ def test_tool_calls_that_follow_each_other_are_printed_apart(tok, capsys):
     ids = call("1+1", "2") + call("2+2", "4") + tok.encode(" so four")
     assert inference._show(tok, iter(ids)) == ids
     assert capsys.readouterr().out.strip() == "[1+1 = 2][2+2 = 4] so four"
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
+def test_as_few_turns_are_dropped_as_must_be(tok, system):
+    """Bisection finds what trying one pair after another finds, for every room."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"one two {'three ' * (i % 4)}{i}"} for i in range(11)]
+    rendered = {n: tok.render_for_completion({"messages": system + turns[n:]}) for n in range(0, 11, 2)}
+    for room in range(1, len(rendered[0]) + 2):
+        fits = [n for n, ids in rendered.items() if len(ids) <= room]
+        if fits:
+            assert inference.chat_prompt(tok, system + turns, max_len=room) == (rendered[fits[0]], fits[0])
+        else:
+            with pytest.raises(UserError, match=f"{len(rendered[10])} tokens"):
+                inference.chat_prompt(tok, system + turns, max_len=room)

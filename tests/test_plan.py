@@ -100,3 +100,12 @@ def test_a_plan_looks_at_own_files_as_a_run_does(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\0\1\2" * 100)
     with pytest.raises(UserError, match="binary"):
         main(["laptop", "--plan", "--text", str(tmp_path / "x.txt")])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"{", None])
+def test_a_marker_that_cannot_be_read_means_not_done(tmp_path, content):
+    path = launch.marker_path(tmp_path, launch.STEPS["base"])
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    assert launch.read_marker(tmp_path, launch.STEPS["base"]) == {}

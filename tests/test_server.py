@@ -211,9 +211,9 @@ def test_metrics_and_log_count_and_never_quote(tok, engine, caplog):
             raise ValueError("no")
 
     caplog.set_level("INFO", logger="nanochat_nb.server")
-    app = create_app({"good": lambda: engine, "broken": lambda: Broken(tok, lambda p: [])})
+    app = create_app({"größer": lambda: engine, "broken": lambda: Broken(tok, lambda p: [])})
     client = TestClient(app, raise_server_exceptions=False)
-    ask = {"model": "good", "prompt": f"{SECRET} one", "max_tokens": 4, "stop": SECRET, "user": SECRET}
+    ask = {"model": "größer", "prompt": f"{SECRET} one", "max_tokens": 4, "stop": SECRET, "user": SECRET}
     used = [client.post("/v1/completions", json=ask).json()["usage"] for _ in range(2)]
     client.post("/v1/completions", json=ask | {"stream": True, "n": 2})                     # whose prompt counts once
     for change in ({"model": SECRET}, {"model": "broken"}, {"max_tokens": SECRET}, {"prompt": []}, {"n": 99}):
@@ -223,11 +223,11 @@ def test_metrics_and_log_count_and_never_quote(tok, engine, caplog):
     told = client.get("/metrics")
     assert told.headers["content-type"].startswith("text/plain")
     numbers = dict(line.rsplit(" ", 1) for line in told.text.splitlines() if line[0] != "#")
-    assert numbers['nanochat_requests_total{path="/v1/completions",model="good",status="200"}'] == "3"
+    assert numbers['nanochat_requests_total{path="/v1/completions",model="größer",status="200"}'] == "3"
     assert numbers['nanochat_requests_total{path="/v1/completions",model="",status="404"}'] == "1"
-    assert int(numbers['nanochat_prompt_tokens_total{model="good"}']) == 3 * used[0]["prompt_tokens"]
-    assert int(numbers['nanochat_completion_tokens_total{model="good"}']) >= sum(u["completion_tokens"] for u in used)
-    assert numbers['nanochat_first_token_seconds_count{model="good"}'] == "3"
+    assert int(numbers['nanochat_prompt_tokens_total{model="größer"}']) == 3 * used[0]["prompt_tokens"]
+    assert int(numbers['nanochat_completion_tokens_total{model="größer"}']) >= sum(u["completion_tokens"] for u in used)
+    assert numbers['nanochat_first_token_seconds_count{model="größer"}'] == "3"
     assert numbers["nanochat_requests_waiting"] == "0" and numbers["nanochat_models_loaded"] == "2"
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "nanochat_nb.server"]
     assert [line["status"] for line in lines] == [200, 200, 200, 404, 500, 400, 400, 400, 404, 404]

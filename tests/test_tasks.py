@@ -1,6 +1,7 @@
 """Tasks, and what the presets draw from them: no question on both sides, nothing missing after hours of training."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ import yaml
 import nanochat_nb.sft as sft
 import nanochat_nb.tasks as tasks
 from nanochat_nb.corpus import split_of
-from nanochat_nb.evaluation import open_tasks
+from nanochat_nb.evaluation import everywhere, open_tasks
 from nanochat_nb.rl import open_questions
 from nanochat_nb.runtime import UserError
 
@@ -139,6 +140,8 @@ def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch, tmp_p
     opened, skipped = open_tasks(["fact", "mmlu", "gsm8k"], "huggingface", 5, 0)
     assert [task.name for task in opened] == ["fact"] and set(skipped) == {"mmlu", "gsm8k"}
     assert all("no route to the hub" in reason for reason in skipped.values())
+    ranks = SimpleNamespace(gather=lambda mine: [mine, {"fact": "lost on another rank"}])
+    assert everywhere(opened, skipped, ranks) == ([], skipped | {"fact": "lost on another rank"})
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="line 1: not JSON"):
