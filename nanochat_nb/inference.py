@@ -41,10 +41,10 @@ __all__ = ['TOOLS', 'MAX_TOOL_OUTPUT', 'PREFILL_TOKENS', 'FEW_ROWS', 'STAGES', '
            'kept', 'prefill', 'next_logits', 'BatchCache', 'RowCache', 'Dial', 'Dials', 'kept_probabilities', 'choose',
            'search_device', 'ToolWatch', 'run_python', 'forced_ids', 'check_tools', 'TextStream', 'completion_parts',
            'StopWatch', 'Logprob', 'Completion', 'Event', 'Request', 'batches_by_length', 'Engine', 'long_step', 'Unit',
-           'turned', 'reordered', 'Product', 'Place', 'places', 'attend_by_products', 'attend_by_kernel', 'Moment',
-           'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel', 'read_kernel', 'add_kernel', 'attention_kernel',
-           'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8', 'Int8', 'Int8Linear', 'Int8Embedding', 'int8_copy',
-           'weight_bytes', 'run_folder', 'best_stage', 'chat', 'main']
+           'turned', 'reordered', 'Product', 'Place', 'places', 'attend_by_products', 'by_products', 'attend_by_kernel',
+           'Moment', 'ShortBlock', 'ShortStep', 'RecordedStep', 'embed_kernel', 'read_kernel', 'add_kernel',
+           'attention_kernel', 'Cut', 'KernelStep', 'Ahead', 'chat_prompt', 'to_int8', 'Int8', 'Int8Linear',
+           'Int8Embedding', 'int8_copy', 'weight_bytes', 'run_folder', 'best_stage', 'chat', 'main']
 
 # %% ../nbs/08_inference.ipynb #snapshot
 @dataclass
@@ -777,8 +777,9 @@ class Place(NamedTuple):
         self.values.index_copy_(0, self.new, v.reshape(-1, v.size(-1)))
 
 
-def places(cache: RowCache) -> list[Place]:
-    """For each layer where its step of one token per row takes place; makes room for it."""
+def places(cache: RowCache, whole: bool) -> list[Place]:
+    """For each layer where its step of one token per row takes place; makes room for it. With
+    `whole` empty slots are read too, if few, so that what is read lies in one piece."""
     rows, end = len(cache.ends), max(cache.ends) + 1
     cache._grow(rows, end)
     now, heads = cache.positions[:, None], cache.config.n_kv_head
@@ -786,6 +787,7 @@ def places(cache: RowCache) -> list[Place]:
     for w, store in cache.store.items():
         used, width, flat = kept(w, end), store.size(4), store.flatten(0, 1)
         slot = now if used == end else now % (w + 1)         # the same until the ring comes round
+        used = width if whole and width < 2 * used else used     # it may have been longer rows'
         new = torch.add(slot, head, alpha=width).view(-1)
         seen, hide = flat.narrow(1, 0, rows).narrow(3, 0, used).unbind(), None
         if min(cache.ends) + 1 < used:
@@ -802,6 +804,11 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> 
     q = (q * q.size(-1) ** -0.5).unflatten(1, (k.size(1), -1)).transpose(2, 3)
     fits = (k @ q).transpose(2, 3)                           # (B, H_kv, H / H_kv, S)
     return (fits if hide is None else fits + hide).softmax(-1) @ v
+
+
+def by_products(rows: int, dtype: torch.dtype) -> bool:
+    """Whether products are the faster way for so many rows on this CPU."""
+    return rows >= 4 and dtype == torch.bfloat16 and "amx_bf16" not in cpu_flags()
 
 
 def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
@@ -846,8 +853,8 @@ class ShortBlock:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
         """Attention of q (B, H, D), by the faster way on this CPU."""
-        products = len(q) >= 4 and q.dtype == torch.bfloat16 and "amx_bf16" not in cpu_flags()
-        return (attend_by_products if products else attend_by_kernel)(q, k, v, hide)
+        way = attend_by_products if by_products(len(q), q.dtype) else attend_by_kernel
+        return way(q, k, v, hide)
 
     def heads_of(self, y: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H + H_kv, D), and values (B, H_kv, D), of normed y (B, C)."""
@@ -892,7 +899,7 @@ class ShortStep:
         gate = torch.sigmoid(self.smear_gate(x.narrow(1, 0, SMEAR_CHANNELS)))
         x = torch.addcmul(x, gate, before, value=self.smear)
         shares, middle = (x * self.shares).unbind(), None
-        for i, place in enumerate(places(cache)):
+        for i, place in enumerate(places(cache, by_products(len(ids), x.dtype))):
             x = torch.add(shares[i], x, alpha=self.resid[i])
             x = self.blocks[i](x, now, place)
             middle = x if i == len(self.blocks) // 2 else middle

@@ -21,10 +21,10 @@ from .runtime import UserError, compute_dtype, generator, nearest
 __all__ = ['FINE', 'WIDE', 'BLOCK', 'GATE_CHANNELS', 'SMEAR_CHANNELS', 'SOFTCAP', 'REDUCTIONS', 'GPTConfig', 'layer_windows',
            'from_depth', 'UnitNorm', 'norm', 'Linear', 'Embedding', 'to_fp8', 'Fp8Product', 'train_in_fp8',
            'rope_table', 'apply_rope', 'TurnAndNorm', 'turn_and_norm', 'visible', 'attend', 'near_blocks',
-           'attend_near', 'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'SquaredReLU',
-           'WideSquare', 'MLP', 'Block', 'one_earlier', 'Trunk', 'rope_dtype', 'check_ids', 'start_reading',
-           'last_valid', 'head_logits', 'softcap', 'HeadLoss', 'head_loss', 'GPT', 'init_parameters',
-           'parameter_counts', 'flops_per_token', 'store_in_compute_dtype', 'KVCache']
+           'attend_near', 'key_blocks', 'BlockAttention', 'attend_to_past', 'Reading', 'Attention', 'chosen',
+           'SquaredReLU', 'WideSquare', 'MLP', 'Block', 'one_earlier', 'Trunk', 'rope_dtype', 'check_ids',
+           'start_reading', 'last_valid', 'head_logits', 'softcap', 'HeadLoss', 'head_loss', 'with_target', 'GPT',
+           'init_parameters', 'parameter_counts', 'flops_per_token', 'store_in_compute_dtype', 'KVCache']
 
 # %% ../nbs/04_model.ipynb #gptconfig
 @dataclass(frozen=True)
@@ -442,15 +442,17 @@ class Attention(nn.Module):
         gated = layer in config.value_embed_layers
         self.gate = Linear(GATE_CHANNELS, config.n_kv_head) if gated else None
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading,
+                rows: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or of it the `chosen` rows."""
         q, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.v))
         k = self.keys(x, reading.before)
         if self.gate is not None:
             strength = 3 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))
             v = v + strength[..., None] * value_embedding.unflatten(-1, (-1, self.head_dim))
         q, k = (turn_and_norm(t, reading.cos, reading.sin, self.qk_scale) for t in (q, k))
-        return self.out(reading.attend(self.layer, q, k, v, self.window).flatten(-2))
+        mixed = reading.attend(self.layer, q, k, v, self.window).flatten(-2)
+        return self.out(chosen(mixed, rows))
 
     def keys(self, x: Tensor, before: Tensor) -> Tensor:
         """Keys (B, T, H_kv, D) of x (B, T, C); the slow half of the channel pairs from `before`."""
@@ -459,6 +461,11 @@ class Attention(nn.Module):
         quarters = (-1, 2, self.head_dim // 4)      # RoPE pairs channel i with i + D/2
         now, past = self.k(x).unflatten(-1, quarters), self.k_before(before).unflatten(-1, quarters)
         return torch.stack([now, past], dim=-2).flatten(-3)
+
+
+def chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Of the B·T positions of x (B, T, C) those that `rows` (K) numbers: (K, C). None: x."""
+    return x if rows is None else x.flatten(0, -2).index_select(0, rows)
 
 # %% ../nbs/04_model.ipynb #mlp
 class SquaredReLU(torch.autograd.Function):
@@ -519,8 +526,10 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading) -> Tensor:
-        x = x + self.attn(norm(x), value_embedding, reading)
+    def forward(self, x: Tensor, value_embedding: Tensor | None, reading: Reading,
+                rows: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or of it the `chosen` rows."""
+        x = chosen(x, rows) + self.attn(norm(x), value_embedding, reading, rows)
         return x + self.mlp(norm(x))
 
 # %% ../nbs/04_model.ipynb #smear
@@ -551,19 +560,23 @@ class Trunk(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def hidden(self, idx: Tensor, cache=None, reading: Reading | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache=None, reading: Reading | None = None,
+               rows: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) in the compute dtype for token ids (B, T): one text per row, or
-        what `reading` makes of it."""
+        what `reading` makes of it. With `rows` (K) those of the `chosen` positions only, (K, C)."""
         if reading is None:
             check_ids(idx, self)
             reading = start_reading(self, idx, cache)
         x = self.embed(idx, reading)
-        first, middle = x, None
+        first, middle, last = x, None, len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * first
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            x = block(x, None if table is None else table(idx).to(x.dtype), reading)
+            value = None if table is None else table(idx).to(x.dtype)
+            x = block(x, value, reading, rows if i == last else None)
             middle = x if i == len(self.blocks) // 2 else middle
+        if middle is not x:
+            middle = chosen(middle, rows)
         if cache is not None:
             cache.advance()
         return norm(x - self.backout_lambda.to(x.dtype) * middle)
@@ -632,7 +645,13 @@ def head_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 def softcap(z: Tensor) -> Tensor:
     """z in float32, pressed into [-15, 15]."""
-    return SOFTCAP * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / SOFTCAP)
+    return SOFTCAP * _squash(z)
+
+
+def _squash(z: Tensor) -> Tensor:
+    """tanh(z / SOFTCAP) in wide floats, by a sigmoid: CPUs and GPUs are quicker at it."""
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return 2 * torch.sigmoid(wide * (2 / SOFTCAP)) - 1
 
 # %% ../nbs/04_model.ipynb #chunk-loss
 def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
@@ -645,16 +664,16 @@ def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None
     column, losses = targets.clamp(min=0)[:, None], []
     few = max(1, 2**18 // len(weight))             # rows whose wide copies stay in a core's cache
     for part, right in zip(z.split(few), column.split(few)):
-        t = part.to(wide).div_(SOFTCAP).tanh_()
-        p = t.mul(SOFTCAP).softmax(-1)   # of logits in [-15, 15]: no p is too small to be a number
+        s = part.to(wide).mul_(2 / SOFTCAP).sigmoid_()     # tanh(z / 15) is 2s - 1 of this
+        p = s.mul(2 * SOFTCAP).softmax(-1)     # of logits from 0 to 30: no p is 0
         losses.append(p.gather(1, right).log_().neg_())
         if scale is not None:
             p.scatter_add_(1, right, p.new_full((), -1.0).expand(right.shape))   # minus one-hot
-            part.copy_(p.addcmul_(p, t.square_(), value=-1))     # times tanh's slope
+            part.copy_(s.addcmul_(s, s, value=-1).mul_(p))       # times a quarter of tanh's slope
     losses = torch.cat(losses).squeeze(1) * keep
     if scale is None:
         return losses, None, None
-    scale = (scale * keep)[:, None]
+    scale = (4 * scale * keep)[:, None]
     return losses, (z @ weight * scale).to(x.dtype), z.mT @ (x * scale).to(x.dtype)
 
 
@@ -675,12 +694,6 @@ def _chunk_loss_fused(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor 
     g = (e * (scale / total[:, None]) - torch.where(hit, scale, 0)) * (1 - t * t)
     g = g.to(x.dtype)
     return losses, g @ weight, g.mT @ x
-
-
-def _squash(z: Tensor) -> Tensor:
-    """tanh(z / SOFTCAP) in wide floats by a sigmoid, for which GPUs have fast instructions."""
-    wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    return 2 * torch.sigmoid(wide * (2 / SOFTCAP)) - 1
 
 # %% ../nbs/04_model.ipynb #all-chunks
 def _all_chunks(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None):
@@ -743,6 +756,15 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean
     loss = HeadLoss.apply(x.flatten(0, -2), weight, targets.reshape(-1), reduction)
     return loss.view(targets.shape) if reduction == "none" else loss
 
+# %% ../nbs/04_model.ipynb #with-target
+def with_target(targets: Tensor) -> Tensor | None:
+    """Numbers of the positions of targets (B, T) that have one, and of some more up to a multiple
+    of 128. None where that would be all, or where there is no target."""
+    count = -(-int((targets >= 0).sum()) // 128) * 128
+    if not 0 < count < targets.numel():
+        return None
+    return (targets < 0).flatten().argsort(stable=True)[:count]
+
 # %% ../nbs/04_model.ipynb #gpt
 class GPT(Trunk):
     """The whole model. `GPT(config)`, then `init_weights(seed)` or `load_state_dict`.
@@ -766,11 +788,15 @@ class GPT(Trunk):
             raise UserError(f"a training row of {idx.size(1)} tokens is longer than the model's "
                             f"sequence_len {self.config.sequence_len}; cut it, or build the model "
                             "for longer rows")
-        x = self.hidden(idx, cache)
+        rows = with_target(targets) if targets is not None and idx.is_cpu else None
+        x = self.hidden(idx, cache, rows=rows)
         weight = self.lm_head.weight[:self.config.vocab_size]
         if targets is None:
             return head_logits(x, weight)
-        return head_loss(x, weight, targets, reduction)
+        loss = head_loss(x, weight, chosen(targets[..., None], rows).squeeze(-1), reduction)
+        if rows is None or reduction != "none":
+            return loss
+        return loss.new_zeros(targets.numel()).index_copy(0, rows, loss).view(targets.shape)
 
     @property
     def device(self) -> torch.device:

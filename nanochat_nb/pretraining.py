@@ -193,6 +193,7 @@ class TrainingLoop:
     `recipe` is JSON and holds all that decides the result; a checkpoint with another recipe is
     moved to `STAGE.old`. `meta` goes into every checkpoint. `best` names the metric of the
     validations, and whether its `min` or `max` is best: that step's checkpoint is kept, too.
+    `memory` is what a stage must know besides weights and step: JSON, saved and restored with them.
     A loss above `limit` stops the run; `source` says then what a step's batch was made of.
     """
 
@@ -205,7 +206,7 @@ class TrainingLoop:
         self.steps, self.recipe, self.meta = steps, recipe, meta
         self.save_every, self.save_seconds, self.keep = save_every, save_seconds, keep
         self.best, self.saved, self.cost = best, time.monotonic(), 0.0
-        self.limit, self.source = limit, source
+        self.limit, self.source, self.memory = limit, source, {}
         self.metrics = MetricsLog(self.folder / "metrics" / f"{stage}.jsonl", write=rt.is_main)
         self.step, self.tokens, self.flops, self.earlier = 0, 0, 0.0, 0.0
         self.started = time.monotonic()
@@ -233,6 +234,7 @@ def resume(loop: TrainingLoop) -> None:
         loop.model.load_state_dict(found.model_state)
         loop.optimizer.load_full_state(found.optimizer_state)
         loop.step, so_far = found.step, found.meta["loop"]
+        loop.memory = so_far["memory"]
         loop.tokens, loop.flops, loop.earlier = (
             so_far[k] for k in ("tokens", "flops", "seconds"))
         say(loop, f"resumed at step {loop.step} of {loop.steps}")
@@ -303,7 +305,7 @@ def save(loop: TrainingLoop) -> None:
     if not all(torch.isfinite(p).all() for p in loop.model.parameters()):
         stop(loop, "a weight is not finite", loop.step - 1)
     so_far = {"tokens": loop.tokens, "flops": loop.flops, "seconds": loop.seconds,
-              "dtype": str(loop.rt.dtype)}
+              "dtype": str(loop.rt.dtype), "memory": loop.memory}
     meta = loop.meta | {"stage": loop.stage, "recipe": loop.recipe, "loop": so_far}
     save_checkpoint(loop.folder / loop.stage, loop.step, model=loop.model, rt=loop.rt, meta=meta,
                     optimizer=loop.optimizer, keep=loop.keep, best=best_step(loop))

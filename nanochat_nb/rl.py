@@ -26,10 +26,11 @@ from .tasks import EMBEDDED, Task
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'REPLAY_VOTE', 'Rollout', 'roll_out', 'answer_text', 'advantages', 'token_weights',
-           'policy_rows', 'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit', 'question_sources',
-           'questions_of', 'old_solutions', 'shown_again', 'test_pass', 'rl_multiplier', 'check_rl', 'practise',
-           'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft', 'run_rl']
+__all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'REPLAY_VOTE', 'REMEMBERED', 'Rollout', 'roll_out', 'answer_text', 'advantages',
+           'token_weights', 'policy_rows', 'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit',
+           'question_sources', 'questions_of', 'old_solutions', 'shown_again', 'remember', 'recalled', 'test_pass',
+           'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft',
+           'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -160,11 +161,12 @@ def shown_by_sft(recipe: dict, tasks: Sequence[str], seed: int) -> dict[str, int
 
 
 def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int, seed: int,
-                   shown: dict[str, int] = {}) -> list[tuple[Task, dict]]:
-    """All (task, conversation) of a split, in an order shuffled by `seed`.
+                   shown: dict[str, int] = {},
+                   skip_topics: Sequence[str] = ()) -> list[tuple[Task, dict]]:
+    """All (task, conversation) of a split but those of `skip_topics`, shuffled by `seed`.
 
     Of an embedded task, those of the `examples` after its first `shown` that do not ask the same
-    once more. Raises UserError for a task without a judge.
+    once more. Raises UserError for a task without a judge, and a topic that no question has.
     """
     if not tasks:
         raise UserError("name at least one task to practise, such as word_problem")
@@ -179,7 +181,13 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
         pairs += [(task, i) for i in range(known, len(task))
                   if not before or _question(task[i]) not in before]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
-    return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
+    questions = [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
+    topics = {c.get("topic") for _, c in questions}
+    for topic in skip_topics:
+        if topic not in topics:
+            there = sorted(topics - {None})
+            raise UserError(f"skip_topics: no question is of topic {topic!r}{nearest(topic, there)}")
+    return [(task, c) for task, c in questions if c.get("topic") not in skip_topics]
 
 
 def _question(conversation: dict) -> str:
@@ -243,6 +251,31 @@ def shown_again(old: list[tuple[Task, int]], loop: TrainingLoop, tokenizer: Toke
         out.append(Rollout(ids[:1], ids[1:], mask[1:], 1.0, True))
     return out
 
+# %% ../nbs/13_rl.ipynb #recall
+REMEMBERED = 1000      # of its own rare answers, the latest
+
+
+def remember(loop: TrainingLoop, asked: Sequence[int], groups: Sequence[Sequence[Rollout]]) -> None:
+    """Keep a right answer to each question number in `asked` that at most half of its group
+    answered right; every rank keeps what all ranks found."""
+    found = []
+    for number, group in zip(asked, groups):
+        right = [r for r in group if r.reward > 0]
+        if 0 < len(right) <= len(group) / 2:
+            found.append([number, right[0].ids, right[0].mask])
+    everyone = sorted(item for part in loop.rt.gather(found) for item in part)
+    loop.memory["rare"] = (loop.memory.get("rare", []) + everyone)[-REMEMBERED:]
+
+
+def recalled(loop: TrainingLoop, questions: Sequence[tuple[Task, dict]], tokenizer: Tokenizer,
+             p: dict) -> list[Rollout]:
+    """This rank's share of the `recall` remembered answers of a step."""
+    rare = loop.memory.get("rare", [])
+    order = torch.randperm(len(rare), generator=generator(p["seed"], "rl recall", loop.step))
+    chosen = order[:p["recall"]].tolist()[loop.rt.rank::loop.rt.world_size]
+    return [Rollout(tokenizer.render_for_completion(questions[number][1]), ids, mask, 1.0, True)
+            for number, ids, mask in (rare[i] for i in chosen)]
+
 # %% ../nbs/13_rl.ipynb #test-pass
 def test_pass(engine: Engine, tokenizer: Tokenizer, held: Sequence[tuple[Task, dict]], p: dict,
               rt: Runtime) -> dict:
@@ -283,8 +316,9 @@ def check_rl(p: dict, rt: Runtime) -> None:
                  "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
-    if p["replay"] < 0:
-        raise UserError(f"replay must not be negative, but is {p['replay']}")
+    for name in ("replay", "recall"):
+        if p[name] < 0:
+            raise UserError(f"{name} must not be negative, but is {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
         raise UserError(f"steps {p['steps']} must not be negative, "
                         f"and lr_fraction {p['lr_fraction']} must be positive")
@@ -312,13 +346,14 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
 # %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
                   old: list[tuple[Task, int]], p: dict) -> None:
-    """Answer, judge, learn, and look at old solutions: one step.
+    """Answer, judge, learn, and look at old solutions and answers: one step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
-    per_round, groups = p["prompts_per_step"], []
+    per_round, asked, groups = p["prompts_per_step"], [], []
     numbers = questions_of(loop.step, p["rounds"] * per_round, len(questions), p["seed"])
     for first in range(0, len(numbers), per_round):
         mine = range(first + rt.rank, first + per_round, rt.world_size)
+        asked += [numbers[i] for i in mine]
         groups += roll_out(engine, tokenizer, [questions[numbers[i]] for i in mine],
                            [seed_of(p["seed"], "rl", loop.step, i) for i in mine],
                            num_samples=p["samples_per_prompt"], max_new_tokens=p["max_new_tokens"],
@@ -326,7 +361,10 @@ def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, ques
         signal = sum(any(advantages([r.reward for r in g], p["advantage"])) for g in groups)
         if rt.sum(signal)[0] >= per_round:
             break
-    learn_from(loop, groups, shown_again(old, loop, tokenizer, p), tokenizer, p, began)
+    again = shown_again(old, loop, tokenizer, p) + recalled(loop, questions, tokenizer, p)
+    if p["recall"]:
+        remember(loop, asked, groups)
+    learn_from(loop, groups, again, tokenizer, p, began)
 
 # %% ../nbs/13_rl.ipynb #learn-from
 def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], again: list[Rollout],
@@ -382,7 +420,8 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
-           rounds: int = 1, replay: int = 0, steps: int = 3, max_new_tokens: int = 96,
+           rounds: int = 1, skip_topics: list[str] = [], replay: int = 0, recall: int = 0,
+           steps: int = 3, max_new_tokens: int = 96,
            temperature: float = 1.0, top_k: int = 0, advantage: str = "mean",
            normalize: str = "tokens", lr_fraction: float = 0.05, lr_shape: str = "cosine",
            micro_batch_rows: int = 32, eval_prompts: int = 16, eval_samples: int = 4,
@@ -401,7 +440,8 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                           seed=seed)[:eval_prompts]
     model, tokenizer, sft = prepare_sft(run, folder, rt)
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed,
-                               shown=shown_by_sft(sft["recipe"], tasks, seed))
+                               shown=shown_by_sft(sft["recipe"], tasks, seed),
+                               skip_topics=skip_topics)
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
     old = old_solutions(sft["recipe"], tasks) if replay else []
     engine = Engine(model, tokenizer)
