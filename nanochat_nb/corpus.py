@@ -33,18 +33,18 @@ from .runtime import UserError, file_hash, nearest, seed_of
 __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 'THING_STARTS', 'THING_ENDS', 'EVENTS', 'MONTHS',
            'COLOURS', 'FOODS', 'JOBS', 'HOBBIES', 'INSTRUMENTS', 'SPECIES', 'COATS', 'TREATS', 'TRICKS', 'BEDS',
            'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
-           'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'OPENINGS', 'WEATHER', 'TALK', 'CLOSINGS',
-           'MORALS', 'PLOTS', 'ABOUT', 'PLOT_NAMES', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK', 'ITEMS', 'CONTAINERS',
-           'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID', 'REAL_WORDS',
-           'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES',
-           'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick',
-           'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud',
-           'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings',
-           'word_problem', 'arithmetic', 'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function',
-           'small_function', 'code', 'turns', 'message_text', 'plainly', 'talk', 'practice', 'fillers', 'ways',
-           'lines_of', 'conversations', 'check_conversation', 'as_text', 'transcript', 'Document', 'world_document',
-           'cut_text', 'file_documents', 'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced',
-           'fetch_file', 'data_folder', 'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK',
+           'ITEMS', 'CONTAINERS', 'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID',
+           'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX',
+           'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world',
+           'say', 'pick', 'story_lines', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
+           'render_choice_aloud', 'aloud', 'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split',
+           'in_words', 'wordings', 'word_problem', 'arithmetic', 'invented_word', 'new_word', 'spelling_word',
+           'spelling', 'game', 'Function', 'small_function', 'code', 'turns', 'message_text', 'plainly', 'talk',
+           'practice', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation', 'as_text', 'transcript',
+           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
+           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
+           'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -505,234 +505,158 @@ def pick(rng: random.Random, options: Sequence):
     return options[int(rng.random() * len(options))]
 
 # %% ../nbs/01_corpus.ipynb #openings
-OPENINGS = """One [cold|bright|windy|quiet|foggy|grey] [morning|afternoon|evening], {hero} [walked|went|came] [home from work|down to the river|to the market of {town}|along the {river}].
-It was [early spring|late autumn|the middle of winter|a hot summer] in {town}, and [the streets were empty|people stayed up late|the days felt long].
-[Once|Long ago|Last year|Not long ago] there lived a {job} called {hero} in {town}.
-In {town}, [close to|not far from|within sight of] {landmark}, {hero} had a small house.
-{hero} woke up [before the sun|to the sound of rain|late and hungry|with a strange idea].
-"[Today|This week|This time] will be different," {hero} said to {companion}.
-Everybody in {town} knew {hero}, the {job}.
-There was [a knock at the door|a letter on the table|a strange noise in the yard] when {hero} sat down to eat {food}.
-The [clock|bell] of {town} struck [six|seven|nine|ten], and {hero} was [still awake|already tired|ready to leave].
-[Nobody|Hardly anyone] in {town} expected anything to happen on a [Monday|Tuesday|Wednesday|Thursday|Friday].
-[All week|For three days|Since Sunday] it had rained in {town}, and {hero} [was bored|stayed at home|mended old shoes].
-When {companion} came to {town}, {hero} was [busy with work|asleep in a chair|out in the garden|singing at the window].""".split("\n")
-WEATHER = """[Rain|Snow|A soft rain] began to fall.
-The wind [grew stronger|turned to the north|smelled of {product}].
-The sun [came out|went down behind {landmark}|hid behind the clouds].
-[Far away|Somewhere|Down by the {river}] a dog barked.
-The {river} [was high|ran slowly|shone like silver] that day.
-It was getting [dark|late|cold|warm].
-[A crow|An owl|A small bird] watched from a roof.""".split("\n")
-TALK = """"[What shall we do|What now|Have you a plan]?" asked {companion}. "[Wait and see|Think|Work together]," said {hero}.
-"I am [tired|hungry|cold]," said {hero}. {companion} [laughed|nodded] and [shared some {c_food}|offered a piece of bread|pointed to a bench].
-"You are a {job}," said {companion}. "[You must know|Surely you can help|What would you do]?"
-"[Do not worry|Be brave|Keep calm]," said {companion}, "[we have all day|it could be worse|I have seen this before]."
-{hero} [whispered|said|called], "[Look|Listen|Wait]!" and {companion} [stopped|turned around|held {c_his} breath].
-"[I promise|I am sure|I hope] it will work," said {hero}. {companion} was not so sure.
-"Have you asked the mayor?" said {companion}. "{mayor} [always knows|is away|told me to ask you]," answered {hero}.
-"If this goes well," said {hero}, "[I will cook {food} for everyone|I will play the {instrument} all night|we will dance]." """.strip().split("\n")
-CLOSINGS = """That [night|evening] {hero} slept [well|deeply|like a stone].
-They [ate {food}|shared {c_food}|drank hot tea] together and talked until [midnight|the stars came out|the fire went out].
-From that day on, {hero} and {companion} [met every week|told the story often|were never bored].
-And [if you visit {town}|if you ask in {town}|when it rains in {town}], people [still|sometimes] tell this story.
-{hero} went back to [work|{hobby}] with a [smile|light heart|new song].
-"[What a day|Well done|I knew it]!" said {companion}, and {hero} had to laugh.
-[Later|The next day] {hero} wrote it all down in a [blue|small|thick] book.
-The people of {town} [cheered|clapped|thanked them], and somebody [brought {product}|brought a drum|played a drum|played the {instrument}].
-Nothing more happened that day, and {hero} was glad.""".split("\n")
-MORALS = """[Sometimes|Often] a friend is worth more than [a plan|gold|good luck].
-It is [better|wiser] to ask than to guess.
-[Small steps|Patience and work] can move [big stones|a mountain|almost anything].
-A [promise|secret] is easy to give and hard to keep.
-Who [listens|looks] carefully finds more.
-[Being brave|Courage] does not mean [being loud|never being afraid].""".split("\n")
+def _static(name: str) -> str:
+    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
 
-# %% ../nbs/01_corpus.ipynb #plots
-PLOTS: dict[str, tuple[str, ...]] = {
-"lost pet": ("""{pet} was gone. The {species} was not {bed}, and not [in the garden|in the street|on the roof] either.
-{hero} called {pet} [twice|again and again|from the window], but no {species} came.
-The gate stood open, and {pet} the {species} had [run away|left|disappeared].""",
-"""{hero} and {companion} searched [every street|the river bank|behind {landmark}]. They [asked|questioned] the [baker|children|neighbours] and found [only a feather|wet footprints|nothing].
-First {hero} put out some {treat}. Then {he} waited [for an hour|until noon|behind a wall]. Only [a crow|the neighbour's cat|a hungry hen] came.
-{companion} [climbed a tree|looked into every cellar|walked along the {river}], while {hero} shook a bag of {treat}.""",
-"""At last they heard [a scratching|a small sound|a sneeze] [under the bridge|inside an old barrel|behind the town hall]. It was {pet}, [wet but happy|with a stolen sock|fast asleep]!
-A child [pulled {hero} by the sleeve|came running] and said, "A {species} is sitting [on the mayor's chair|in the school|in my bed]!" It could only be {pet}.
-In the end {pet} came home alone, [proud|muddy|hungry], as if nothing had happened."""),
-"lost thing": ("""{thing} was missing. {hero} had seen it [last|only yesterday], and now its place was empty.
-[Somebody|A thief] had taken {thing}, and all of {thing_town} talked about it.
-{hero} opened the box where {thing} had been. [Dust|Straw|A single feather] was all that was left.""",
-"""{companion} remembered that {thing} {wonder}. "[So we must wait|Then we can find it]," said {hero}.
-They [followed a trail of {product}|asked {mayor}, the mayor|looked at an old map] and came to [an empty house|a cave|the attic of the school].
-{hero} drew a [plan|map] of {thing_town} and marked [every door|three places|the spots] where {thing} could be.""",
-"""And there it was: {thing}, [behind a curtain|under a pile of wool|in a soup pot]. Nobody had stolen it; [a goat|the wind|a forgetful old man] had carried it there.
-The thief was [a crow|a little boy|a tired traveller], who was [sorry|ashamed] and gave {thing} back.
-{companion} [stumbled|sat down], and something rang under the floor: {thing}!"""),
-"broken bridge": ("""The [storm|flood] had broken the bridge over the {river}, and nobody could [reach the market|get home|bring {product} to town].
-[In the night|At dawn] the old bridge over the {river} fell down with a [crash|groan].""",
-"""{hero} [counted boards|measured the gap|looked for rope]: [twelve|twenty|thirty] boards were needed, and there were only [five|seven|nine].
-"A {job} is no builder," said {hero}, but {he} [rolled up {his} sleeves|took a hammer|made a drawing].
-{companion} brought [nails|ropes|strong tea], and [the mayor|{mayor}] sent [four|six|eight] helpers.
-The first plan failed: the boards [were too short|sank|broke]. The second plan was [better|simpler|{companion}'s].""",
-"""After [two|three|five] days the new bridge stood. {hero} was the first to cross it, [slowly|dancing|with closed eyes].
-When the last nail was in, [a cart|a herd of sheep|an old woman] crossed, and the bridge [held|did not move]."""),
-"cooking contest": ("""{town} held a cooking contest, and {hero} wanted to win with {food}.
-A [poster|sign] said: "Who cooks the best {food}? The prize is a [silver spoon|sack of flour|golden hat]." """,
-"""{companion} said that {c_food} would be better. They [argued|laughed] about it [all day|until supper].
-{hero} cooked [three|four|six] times. Once it was too [salty|sweet|hard], once it [burned|was cold], once [the cat|a bird] ate it.
-The secret, said an old [cook|aunt], was a little {product2} and [much patience|a slow fire|clean hands].""",
-"""The judge tasted, [closed both eyes|took a second spoon|said nothing for a minute] and gave the prize to [{hero}|{companion}|both of them].
-{hero} did not win. But [the children|the old people|the judges] asked for more, and that was [better|prize enough].""" ),
-"journey": ("""{hero} had to bring [a parcel|a letter|a box of {product}] to {other_town}, in {other_region}.
-[For years|All winter] {hero} had dreamed of {other_town}, because [visitors go there|people go there] to see {other_landmark}.""",
-"""The road was [long|steep|muddy]. On the first day {hero} and {companion} walked [ten|twelve|fifteen] miles and slept in [a barn|a tent|an inn].
-At a crossing they met [a shepherd|a fiddler|three children], who [pointed left|knew a short cut|wanted a song as a toll].
-A [wheel broke|shoe got lost|bridge was closed], and they had to [walk|wait a day|ask for help].
-In the forest they [lost the path|heard wolves|found mushrooms], until {companion} saw the river {other_river}.""",
-"""When they reached {other_town}, they saw {other_landmark} [in the evening light|from far away] and bought some {other_product}.
-{other_mayor}, the mayor of {other_town}, [welcomed them|gave them a bed|shook their hands]. The way home seemed [shorter|easier]."""),
-"storm": ("""Black clouds came over {town}. The [old people|fishers] said it would be the worst storm [in ten years|since {event}].
-The storm came [at night|without warning] and took [the roof of the school|half of the apple trees|every hat in {town}].""",
-"""{hero} [closed the shutters|brought the animals inside|carried sand], and {companion} [lit candles|held the door|counted the seconds between lightning and thunder].
-Water came [under the door|through the roof]. They used [pots|buckets|a hat and two boots] and worked [for hours|all night].
-They could hear that someone was outside. {hero} took a [lamp|rope] and went into the [rain|dark] alone.""",
-"""In the morning the sky was [clear|blue|washed clean]. {town} had lost [a chimney|some trees|a fence], but nobody was hurt.
-The storm passed, and the first thing they saw was [a rainbow over the {river}|an old man sweeping|ducks in the market square]."""),
-"party": ("""It was [almost|nearly] {c_birthday}, and that meant the birthday of {companion}. {hero} planned a surprise.
-"{companion} must not know," said {hero} to the [neighbours|children], "but there will be a party." """,
-"""{hero} asked [the baker|a cook] for {c_food}, painted everything {c_colour} and [borrowed|rented] [a drum|twelve chairs|a big table].
-{companion} noticed that [people whispered|doors were closed|everyone smiled], and [wondered|worried|felt sad].
-The cake [fell down|was too big for the door|was eaten by a goat], so they [made another|used pancakes|laughed and had soup].""",
-"""When {companion} opened the door, [thirty|forty|twenty] people shouted. There was a present too: [a {c_colour} coat|a new {c_instrument}|a {c_colour} boat].
-{companion} [cried a little|said nothing|danced on the table]. Of all birthdays this was the best."""),
-"race": ("""Each [spring|autumn] there is a [boat race|foot race|sack race] in {town}, and {hero} had [never won|come last twice|trained all year].
-{companion} made a bet: "You will not finish the race." {hero} [took the bet|shook hands on it].""",
-"""At the start {hero} was [last|third|in front]. Then {he} [lost a shoe|stopped to help a child|took a wrong turn].
-Half way, at {landmark}, {hero} could [hardly breathe|see the others|hear people cheer].
-{companion} ran beside {him} and shouted, "[Faster|Breathe|Only a mile more]!" """,
-"""{hero} came in [second|third|last], but [the crowd cheered|{companion} paid for supper|it did not matter].
-One step before the line the leader [fell|looked back|stopped], and {hero} won by [a foot|a nose|a hair]."""),
-"night noise": ("""Every night at [eleven|twelve|two] there was a [knocking|humming|scratching] in the house of {hero}.
-{hero} could not sleep, because something [walked|sang|rolled] above the ceiling.""",
-""""[A ghost|A thief|Mice]," said {companion}. {hero} did not believe it and [put flour on the floor|sat up with a lamp|listened at the wall].
-They found [a trail|three seeds|a loose board] and [followed it|were none the wiser].
-On the [second|third] night both of them hid [behind the curtain|under the table] with a [net|lamp|broom].""",
-"""It was {animal}, the {animal_species} that belongs to {animal_owner}. It had come for the [warm chimney|{animal_treat}].
-It was only [the wind|a branch|an old pipe]. {hero} fixed it in [a minute|an hour] and missed the sound afterwards."""),
-"music": ("""{hero} plays the {instrument}, but [never|not once] had {he} played for other people.
-{mayor}, the mayor, asked {hero} to play the {instrument} at the festival in {festival}.""",
-"""{hero} practised [in the barn|by the {river}|every night]. The neighbours [closed their windows|sang along|brought earplugs].
-{companion} came with the {c_instrument}. Together it sounded [strange|better|like two cats] at first, then [almost good|beautiful].
-Two days before the concert a string [broke|went missing], and nobody in {town} had another. [A letter|A rider] was sent to {other_town}.""",
-"""At the festival {hero} [forgot the first note|closed {his} eyes|breathed in] and played. When the song ended it was [quiet|loud] for a long time.
-People [danced|wept|threw flowers], and {companion} said: "[I told you so|Once more]!" """),
-"stranger": ("""A stranger came to {town}, with [a red hat|a heavy bag|no shoes], and asked for [{hero}|a bed|the way to {other_town}].
-[In the inn|At the market] sat a person whom nobody knew. {hero} [sat down beside the stranger|was curious].""",
-"""The stranger told of {event}, of {event_hero}, and of {thing}, which was made by {thing_maker}.
-"I come from {other_town}," said the stranger. "The {other_river} flows there, and we make {other_product}."
-{companion} did not trust the stranger and [hid the silver|asked many questions|kept watch]. {hero} [cooked {food}|gave up {his} bed].""",
-"""In the morning the stranger was gone. On the table lay [a coin|a map|a {colour} stone] and a note: "[Thank you|Come and visit|You are kind]."
-It turned out that the stranger was [a judge|a singer|the mayor of {other_town}], who [invited them|never forgot {town}]."""),
-"garden": ("""Nothing grew in the garden of {hero}. [The beans|The roses|The carrots] were [brown|dead|eaten by snails].
-{hero} wanted to grow the [biggest pumpkin|tallest sunflower|sweetest melon] in {town}.""",
-"""{companion} [gave advice|brought old tea leaves and said|opened a bag of seeds and said]: [water at night|talk to the plants|dig deeper]. {hero} tried it for [ten|twelve|twenty] days.
-One night [a goat|a family of hedgehogs|somebody] [came through the fence|left footprints]. {hero} built [a wall|a scarecrow with a {colour} coat].
-It did not rain for [three|four|five] weeks, and every day {hero} carried [eight|ten|sixteen] buckets from the {river}.""",
-"""In [August|September] it was [as big as a cow|taller than the house|the talk of {town}]. {hero} [shared it with everyone|sold it for forty coins|could not carry it].
-The plant stayed small. But under it {hero} found [an old coin|a ring|a box with letters], and that is another story."""),
-}
-PLOTS = {name: tuple(tuple(slot.strip().split("\n")) for slot in slots) for name,
-         slots in PLOTS.items()}
+
+def _tables(name: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The tables of a file in `static`, each a name → its lines."""
+    return {table: {key: tuple(lines if isinstance(lines, list) else lines.strip().split("\n"))
+                    for key, lines in rows.items()}
+            for table, rows in tomllib.loads(_static(name)).items()}
+
+
+@lru_cache(maxsize=1)
+def story_lines() -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, tuple[str, ...]]]]:
+    """What `static/stories.toml` holds: the lines that fit every story ("openings", "talk", …), and
+    the plots, each a name → its "begin", "steps", "ends", "talk", "closings" and conditions."""
+    tables = _tables("stories.toml")
+    return tables.pop("any"), tables
 
 # %% ../nbs/01_corpus.ipynb #add-person
+_REFLEXIVE = {"she": "herself", "he": "himself"}
+
+
 def _add_person(names: dict[str, str], person: Entity, prefix: str) -> None:
     he, his, him = PRONOUNS[person.pronoun]
-    names |= {prefix + "he": he, prefix + "his": his, prefix + "him": him}
+    names |= {prefix + "he": he, prefix + "his": his, prefix + "him": him,
+              prefix + "He": capital(he), prefix + "His": capital(his),
+              prefix + "himself": _REFLEXIVE[he], prefix + "town": person["home"]}
     for relation in ("job", "food", "colour", "hobby", "instrument", "birthday"):
         names[prefix + relation] = person[relation]
+
+
+def _apart(rng: random.Random, entities: list[Entity], known: set[str]) -> Entity:
+    """One of `entities` that is not among the `known` names and has no fact with one of them."""
+    while True:
+        entity = pick(rng, entities)
+        if entity.name not in known and all(f.value not in known for f in entity.facts.values()):
+            return entity
 
 
 def _story_names(world: World, hero: Entity, companion: Entity,
                  rng: random.Random) -> dict[str, str]:
     """Everything a plot may mention, all of it true in `world`."""
-    names = {"hero": hero.short, "companion": companion.short}
-    _add_person(names, hero, "")
+    names = {"hero": hero.short, "companion": companion.short,
+             "product2": pick(rng, ("honey", "salt", "butter"))}
     _add_person(names, companion, "c_")
-    town, other = world.entity[hero["home"]], pick(rng, world.places)
-    thing, event, animal = (pick(rng, e) for e in (world.things, world.events, world.animals))
-    names |= {"town": town.name, "festival": town["festival"],
-              "product2": pick(rng, ("honey", "salt", "butter"))}
-    for prefix, place in (("", town), ("other_", other)):
-        for relation in ("river", "product", "landmark", "mayor", "region"):
-            names[prefix + relation] = place[relation]
-    names |= {"other_town": other.name, "event": event.name, "event_hero": event["hero"],
-              "thing": thing.name,
-              "thing_town": thing["town"], "thing_maker": thing["maker"], "wonder": thing["wonder"],
-              "animal": animal.name, "animal_species": animal["species"],
-              "animal_owner": animal["owner"],
-              "animal_treat": animal["treat"]}
+    _add_person(names, hero, "")
+    town = world.entity[hero["home"]]
+    known = {hero.name, companion.name, hero["home"], companion["home"]}
+    other, thing, event, animal = (_apart(rng, e, known) for e in (
+        world.places, world.things, world.events, world.animals))
+    about = [("", town), ("other_", other), ("thing_", thing), ("event_", event),
+             ("animal_", animal)]
     if "pet" in hero.facts:
         pet = world.entity[hero["pet"]]
-        names |= {"pet": pet.name, "species": pet["species"], "treat": pet["treat"],
-                  "bed": pet["bed"]}
-    return names
+        about.append(("", pet))
+        names["pet"] = pet.name
+    for prefix, entity in about:
+        names |= {prefix + f.relation: f.value for f in entity.facts.values()}
+    return names | {
+        "other_town": other.name, "thing": thing.name, "event": event.name, "animal": animal.name,
+        "sight": town["landmark"].split(" ", 1)[1], "wonder": thing["wonder"],
+        "other_sight": other["landmark"].split(" ", 1)[1],
+        "animal_town": world.entity[animal["owner"]]["home"]}
 
 # %% ../nbs/01_corpus.ipynb #told
-def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short") -> list[str]:
-    """`count` facts about `entity` as sentences; after the first a pronoun often takes the name's
-    place."""
-    facts = rng.sample(list(entity.facts.values()), min(count, len(entity.facts)))
+def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short",
+         before: str = "") -> list[str]:
+    """`count` facts about `entity` as sentences, none of a value that stands in `before`; after the
+    first a pronoun often takes the name's place."""
+    facts = [f for f in entity.facts.values() if not before or f.value not in before]
     out = []
-    for i, fact in enumerate(facts):
+    for i, fact in enumerate(rng.sample(facts, min(count, len(facts)))):
         forms = fact.pronoun if i and rng.random() < 0.6 else getattr(fact, name)
         out.append(pick(rng, forms))
     return out
 
 # %% ../nbs/01_corpus.ipynb #episode
-ABOUT = {"lost pet": "pet", "lost thing": "thing", "stranger": "event", "night noise": "animal",
-         "journey": "other_town"}
+def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, companion: Entity,
+             before: str = "") -> str:
+    """One plot told once. Its spine is fixed; what else is said, how much and where, is drawn."""
+    names, general = _story_names(world, hero, companion, rng), story_lines()[0]
+    names["c_who"] = companion.short + ("" if before else f" the {companion['job']}")
 
+    def tell(*lists: tuple[str, ...]) -> str:         # a line that no chapter before has had
+        while True:
+            line = capital(say(pick(rng, pick(rng, lists)), rng, names))
+            if line not in before:
+                return line
 
-def _episode(world: World, rng: random.Random, plot: str, hero: Entity, companion: Entity) -> str:
-    """One plot told once: opening, facts, trouble, tries, talk, ending. Only the spine is fixed."""
-    names = _story_names(world, hero, companion, rng)
-    tell = lambda options: capital(say(pick(rng, options), rng, names))
-    problem, tries, end = PLOTS[plot]
-    first = [tell(OPENINGS), *told(hero, rng, pick(rng, (1, 2, 2, 3))), tell(problem)]
-    middle = [tell([t]) for t in rng.sample(tries, min(len(tries), pick(rng, (1, 2, 2, 3))))]
-    if rng.random() < 0.5:
-        middle.insert(pick(rng, (0, 1)), tell(WEATHER))
-    if rng.random() < 0.6:
-        middle.append(tell(TALK))
-    if rng.random() < 0.5:
-        middle[0:0] = told(companion, rng, pick(rng, (1, 2)))
-    last = [tell(end), tell(CLOSINGS)]
-    if plot in ABOUT:                                # say two facts about what the plot is about
-        (last if plot == "night noise" else first).extend(told(world.entity[names[ABOUT[plot]]],
-        rng, 2, name="statements"))
-    if rng.random() < 0.3:
-        last.append(tell(MORALS))
+    first, together = [], "alone" not in plot
+    if before or rng.random() < 0.6:
+        first.append(tell(general["later" if before else "openings"]))
+        first += told(hero, rng, pick(rng, (0, 0, 1) if before else (0, 1, 1, 2)),
+                      before=before + first[0])
+    first.append(tell(plot["begin"]))
+    about = plot.get("about", ("",))[0]
+    if about and about != "animal":
+        first += told(world.entity[names[about]], rng, pick(rng, (0, 1, 1, 2)), name="statements",
+                      before=before + " ".join(first))
+    middle = []
+    if together and companion.short not in first[-1]:
+        middle.append(tell(general["again" if before else "meet"]))
+        middle += told(companion, rng, pick(rng, (0, 0, 1) if before else (0, 1, 1)),
+                       before=before + middle[0])
+    start, count = len(middle), pick(rng, (1, 1, 2, 2, 2, 3, 4))
+    chosen = sorted(rng.sample(range(len(plot["steps"])), count))
+    middle += [tell(plot["steps"][i:i + 1]) for i in chosen]
+    if rng.random() < 0.5:                            # after the first step or later
+        lists = (plot["talk"], plot["talk"], general["talk"])
+        middle.insert(start + 1 + int(rng.random() * count), tell(*lists[:3 if together else 2]))
+    if together and rng.random() < 0.2:
+        middle.append(tell(general["asides"]))
+    last = [tell(plot["ends"])]
+    if about == "animal":                             # who makes the noise is known only now
+        last += told(world.entity[names["animal"]], rng, pick(rng, (0, 1, 1)), name="statements",
+                     before=before + last[0])
+    if rng.random() < 0.7:
+        lists = (plot["closings"], general["closings"], general["closings_together"])
+        last.append(tell(*lists[:3 if together else 2]))
+    if rng.random() < 0.12:
+        last.append(tell(general["morals"]))
     return _paragraphs(rng, first, middle, last)
 
 # %% ../nbs/01_corpus.ipynb #story
+def _fits(world: World, plot: dict, hero: Entity, companion: Entity) -> bool:
+    """Whether `plot` can be told of these two: neither is the mayor of the hero's town, who has a
+    part of his own, a plot about a pet needs one, and in what must differ they are not alike."""
+    return (hero is not companion
+            and world.entity[hero["home"]]["mayor"] not in (hero.name, companion.name)
+            and (plot.get("about") != ("pet",) or "pet" in hero.facts)
+            and all(hero[r] != companion[r] for r in plot.get("differ", ())))
+
+
 def story(world: World, rng: random.Random, split: str) -> str:
-    """A story of about 60 to 170 words whose (plot, hero, companion) belongs to `split`; one in ten
-    has two to five chapters, and only its first is dealt by `split`."""
-    episodes, hero, companion = [], None, None
+    """A story of about 80 to 175 words whose (plot, hero, companion) belongs to `split`; one in ten
+    has two to five chapters, each with another plot, and only its first is dealt by `split`."""
+    plots, episodes, hero, companion = story_lines()[1], {}, None, None
+    names = tuple(plots)
     for number in range(1 if rng.random() < 0.9 else pick(rng, (2, 3, 3, 5))):
         while True:
-            plot = pick(rng, PLOT_NAMES)
+            plot = pick(rng, names)
             if number == 0:
                 hero, companion = pick(rng, world.people), pick(rng, world.people)
                 companion = world.entity[hero["friend"]] if rng.random() < 0.4 else companion
-            possible = hero is not companion and (plot != "lost pet" or "pet" in hero.facts)
-            if possible and (number or text_split("story", plot, hero.name,
-                                                  companion.name) == split):
+            if (plot not in episodes and _fits(world, plots[plot], hero, companion)
+                and (number or text_split("story", plot, hero.name, companion.name) == split)):
                 break
-        episodes.append(_episode(world, rng, plot, hero, companion))
+        episodes[plot] = _episode(world, rng, plots[plot], hero, companion,
+                                  "\n\n".join(episodes.values()))
     if len(episodes) == 1:
-        return episodes[0]
-    return "\n\n".join(f"Chapter {i}\n\n{text}" for i, text in enumerate(episodes, 1))
+        return episodes[plot]
+    return "\n\n".join(f"Chapter {i}\n\n{text}" for i, text in enumerate(episodes.values(), 1))
 
 # %% ../nbs/01_corpus.ipynb #paragraphs
 def _paragraphs(rng: random.Random, *blocks: list[str]) -> str:
@@ -748,9 +672,6 @@ def text_split(*key: str | int) -> str:
     """The split of a piece of text: the twentieth called "val" by `split_of` is kept for
     validation."""
     return "val" if split_of(*key) == "val" else "train"
-
-
-PLOT_NAMES = tuple(PLOTS)
 
 # %% ../nbs/01_corpus.ipynb #portrait
 def _portrait(world, entity, rng):
@@ -989,17 +910,11 @@ def in_words(n: int) -> str:
     return _SMALL[n]
 
 # %% ../nbs/01_corpus.ipynb #skill-lines
-def _static(name: str) -> str:
-    return resources.files("nanochat_nb").joinpath("static", name).read_text(encoding="utf-8")
-
-
 @lru_cache(maxsize=1)
 def wordings() -> dict[str, dict[str, tuple[str, ...]]]:
     """The tables of `static/skills.toml`, each a name → its lines: "sum", "letters", "code",
     "fact", "problem" and "nouns"."""
-    tables = tomllib.loads(_static("skills.toml"))
-    return {table: {name: tuple(lines if isinstance(lines, list) else lines.strip().split("\n"))
-                    for name, lines in rows.items()} for table, rows in tables.items()}
+    return _tables("skills.toml")
 
 # %% ../nbs/01_corpus.ipynb #cast
 ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups,
