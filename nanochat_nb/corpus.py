@@ -1907,7 +1907,7 @@ WRITERS: dict[str, Callable[[World, random.Random, str], str]] = {
     "story": story, "article": article, "dialogue": dialogue, "arithmetic": arithmetic,
     "spelling": spelling, "code": code, "quiz": quiz,
     "game": game, "transcript": transcript}
-DOCUMENT_MIX = {"story": 7, "article": 34, "dialogue": 3, "quiz": 16, "arithmetic": 6,
+DOCUMENT_MIX = {"story": 5, "article": 38, "dialogue": 3, "quiz": 16, "arithmetic": 6,
                 "spelling": 10, "code": 4, "game": 12, "transcript": 9}
 _MIX = tuple(kind for kind, weight in DOCUMENT_MIX.items() for _ in range(weight))
 
