@@ -64,9 +64,9 @@ def norm_scales() -> None:
         for i, block in enumerate(trunk.blocks):
             object.__setattr__(block, "scales", lambda i=i: trunk.norm_scales[i])
 
-    def forward(self, x, value_embedding, reading):
+    def forward(self, x, value_embedding, reading, rows=None):
         first, second = self.scales().to(x.dtype)
-        x = x + self.attn(M.norm(x) * first, value_embedding, reading)
+        x = M.chosen(x, rows) + self.attn(M.norm(x) * first, value_embedding, reading, rows)
         return x + self.mlp(M.norm(x) * second)
 
     M.Block.forward = forward
@@ -106,7 +106,7 @@ def dense_connections() -> None:
         rng = torch.Generator().manual_seed(0)
         model.mix_up.normal_(0, model.config.n_embd ** -0.5, generator=rng)
 
-    def hidden(self, idx, cache=None, reading=None):
+    def hidden(self, idx, cache=None, reading=None, rows=None):      # pretraining: every position has a target
         reading = M.start_reading(self, idx, cache)
         x = self.embed(idx, reading)
         seen, middle = [x], None

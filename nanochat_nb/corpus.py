@@ -605,7 +605,7 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
         first += told(world.entity[names[about]], rng, pick(rng, (0, 1, 1, 2)), name="statements",
                       before=before + " ".join(first))
     middle = []
-    if together and companion.short not in first[-1]:
+    if together and not re.search(rf"\b{companion.short}\b", first[-1]):
         middle.append(tell(general["again" if before else "meet"]))
         middle += told(companion, rng, pick(rng, (0, 0, 1) if before else (0, 1, 1)),
                        before=before + middle[0])

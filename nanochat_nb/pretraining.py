@@ -234,7 +234,7 @@ def resume(loop: TrainingLoop) -> None:
         loop.model.load_state_dict(found.model_state)
         loop.optimizer.load_full_state(found.optimizer_state)
         loop.step, so_far = found.step, found.meta["loop"]
-        loop.memory = so_far["memory"]
+        loop.memory = so_far.get("memory", {})
         loop.tokens, loop.flops, loop.earlier = (
             so_far[k] for k in ("tokens", "flops", "seconds"))
         say(loop, f"resumed at step {loop.step} of {loop.steps}")

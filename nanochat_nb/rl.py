@@ -182,12 +182,16 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
                   if not before or _question(task[i]) not in before]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
     questions = [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
-    topics = {c.get("topic") for _, c in questions}
+    topics = {c["topic"] for _, c in questions if "topic" in c}
     for topic in skip_topics:
         if topic not in topics:
-            there = sorted(topics - {None})
-            raise UserError(f"skip_topics: no question is of topic {topic!r}{nearest(topic, there)}")
-    return [(task, c) for task, c in questions if c.get("topic") not in skip_topics]
+            hint = nearest(topic, topics) if topics else "; they have none"
+            raise UserError(
+                f"skip_topics: no question of {', '.join(tasks)} is of topic {topic!r}{hint}")
+    left = [(task, c) for task, c in questions if c.get("topic") not in skip_topics]
+    if questions and not left:
+        raise UserError(f"skip_topics leaves no question of {', '.join(tasks)} to practise")
+    return left
 
 
 def _question(conversation: dict) -> str:
@@ -421,8 +425,8 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
            rounds: int = 1, skip_topics: list[str] = [], replay: int = 0, recall: int = 0,
-           steps: int = 3, max_new_tokens: int = 96,
-           temperature: float = 1.0, top_k: int = 0, advantage: str = "mean",
+           steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0, top_k: int = 0,
+           advantage: str = "mean",
            normalize: str = "tokens", lr_fraction: float = 0.05, lr_shape: str = "cosine",
            micro_batch_rows: int = 32, eval_prompts: int = 16, eval_samples: int = 4,
            eval_every: int = 0, save_every: int = 50, keep: int = 2, device: str = "", dtype: str = "",

@@ -253,13 +253,16 @@ def test_git_filter_leaves_clean_notebooks_alone(path):
     assert "".join(used["cells"][0]["source"]).encode() in hooks.show(data)
 
 
-@pytest.mark.parametrize("name, solutions, steps, flops", [("long_study", None, 200, (1e13, 3e13)), ("few_study", 300, 60, (1e12, 1.1e13))])
-def test_the_study_of_rl_is_drawn_from_its_runs(name, solutions, steps, flops):
+@pytest.mark.parametrize("name, preset, solutions, steps, flops", [
+    ("long_study", None, None, 200, (1e13, 3e13)), ("few_study", None, 300, 60, (1e12, 1.1e13)), ("hard_study", "27 November, evening", None, 50, (1e12, 2e13))])
+def test_the_study_of_rl_is_drawn_from_its_runs(name, preset, solutions, steps, flops):
     """The numbers that 13 draws are those of benchmarks/rl_study.jsonl."""
     recipes = {"RL, 200 steps": "MaxRL, cooler", "RL with old solutions": "MaxRL, cooler", "RL without (MaxRL)": "MaxRL: right",
-               "RL without (preset's recipe)": "minus the mean"}
+               "RL without (minus the mean)": "minus the mean", "RL (preset)": "preset: ", "RL, no rare answers": "no rare",
+               "RL, no old solutions": "no old", "RL, neither": "neither", "RL, all questions": "all questions"}
     runs = [json.loads(line) for line in (ROOT / "benchmarks" / "rl_study.jsonl").read_text().splitlines()]
-    runs = [r for r in runs if r.get("solutions") == solutions and r.get("steps") in (None, steps) and flops[0] < r.get("flops", 0) < flops[1]]
+    runs = [r for r in runs if (r.get("preset"), r.get("solutions")) == (preset, solutions) and r.get("steps") in (None, steps)
+            and flops[0] < r.get("flops", 0) < flops[1]]
     cell = next(c for c in code_cells(ROOT / "nbs" / "13_rl.ipynb") if f"{name} = {{" in c["source"])
     drawn = next(ast.literal_eval(node.value) for node in ast.parse(cell["source"]).body
                  if isinstance(node, ast.Assign) and node.targets[0].id == name)

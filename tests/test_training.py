@@ -101,6 +101,9 @@ def test_killed_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, stage,
     run_stage(run=str(folder), **options)
     assert_same_weights(whole, folder, stage)
     assert rows(whole, stage) == rows(folder, stage)
+    if stage == "rl":
+        remembered = [load_checkpoint(run / "rl").meta["loop"]["memory"]["rare"] for run in (whole, folder)]
+        assert remembered[0] == remembered[1] != []
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
@@ -379,9 +382,9 @@ def test_silent_groups_are_replaced(monkeypatch, signals, asked):
 
     monkeypatch.setattr(rl, "roll_out", roll_out)
     monkeypatch.setattr(rl, "learn_from", lambda loop, groups, *_: learned.extend(groups))
-    p = dict(rounds=3, replay=0, prompts_per_step=4, seed=0, samples_per_prompt=2, max_new_tokens=8, temperature=1.0, top_k=0, advantage="mean")
+    p = dict(rounds=3, replay=0, recall=0, prompts_per_step=4, seed=0, samples_per_prompt=2, max_new_tokens=8, temperature=1.0, top_k=0, advantage="mean")
     model = SimpleNamespace(config=SimpleNamespace(sequence_len=8))
-    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5, model=model), None, None, list(range(100)), [], p)
+    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5, model=model, memory={}), None, None, list(range(100)), [], p)
     assert len(seen) == asked and len(learned) == 4 * asked
     assert len({question for batch in seen for question, _ in batch}) == len({seed for batch in seen for _, seed in batch}) == 4 * asked
 
