@@ -254,7 +254,7 @@ def test_git_filter_leaves_clean_notebooks_alone(path):
 
 
 @pytest.mark.parametrize("name, preset, solutions, steps, flops", [
-    ("long_study", None, None, 200, (1e13, 3e13)), ("few_study", None, 300, 60, (1e12, 1.1e13)), ("hard_study", "27 November, evening", None, 50, (1e12, 2e13))])
+    ("long_study", None, None, 200, (1e13, 3e13)), ("few_study", None, 300, 60, (1e12, 1.1e13)), ("hard_study", "27 November, evening", None, 60, (1e12, 2e13))])
 def test_the_study_of_rl_is_drawn_from_its_runs(name, preset, solutions, steps, flops):
     """The numbers that 13 draws are those of benchmarks/rl_study.jsonl."""
     recipes = {"RL, 200 steps": "MaxRL, cooler", "RL with old solutions": "MaxRL, cooler", "RL without (MaxRL)": "MaxRL: right",
