@@ -33,8 +33,7 @@ BATCH = 4096                                             # tokens a step of more
 PRACTICE = {"tasks": TASKS, "examples": 1500, "prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 160,
             "advantage": "mean", "normalize": "tokens", "lr_fraction": 0.05, "eval_prompts": 64, "eval_samples": 8,
             "eval_every": 16}
-HARD = {"advantage": "likelihood", "lr_fraction": 0.1, "temperature": 0.7, "examples": 2000, "prompts_per_step": 8,
-        "skip_topics": ["1 steps"], "eval_every": 0}
+SMALL = {"advantage": "likelihood", "lr_fraction": 0.1, "temperature": 0.7, "examples": 2000, "prompts_per_step": 8, "eval_every": 0}
 RECIPES = {                                              # each changes what it names
     "minus the mean": {},
     "GRPO: over the std, mean per answer": {"advantage": "std", "normalize": "sequence"},
@@ -45,11 +44,9 @@ RECIPES = {                                              # each changes what it 
     "MaxRL: right answers, one vote a group": {"advantage": "likelihood", "lr_fraction": 0.1},
     "MaxRL, cooler, with old solutions": {"advantage": "likelihood", "lr_fraction": 0.1, "temperature": 0.7, "replay": 16,
                                           "examples": 4000},
-    "preset: hard questions, old solutions, rare answers": HARD | {"replay": 16, "recall": 16},
-    "no rare answers": HARD | {"replay": 16},
-    "no old solutions": HARD | {"recall": 16},
-    "neither": HARD,
-    "all questions, not only hard ones": HARD | {"replay": 16, "recall": 16, "skip_topics": []},
+    "preset: old solutions, rare answers": SMALL | {"replay": 16, "recall": 16},
+    "preset without rare answers": SMALL | {"replay": 16},
+    "preset without old solutions": SMALL | {"recall": 16},
     "DAPO: over the std, silent groups replaced": {"advantage": "std", "rounds": 3, "steps": 0.6},
     "silent groups replaced": {"rounds": 3, "steps": 0.6},
     "groups of 4": {"prompts_per_step": 32, "samples_per_prompt": 4},

@@ -39,13 +39,13 @@ from .runtime import (Runtime, UserError, compute_dtype, detect_device, file_has
 # %% auto #0
 __all__ = ['STAGES', 'STEPS', 'ROOT', 'CHECK', 'ROUGH_ROWS', 'TALK_TOKENS', 'SERIES_DEPTHS', 'SERIES_BASE', 'Stage', 'Step',
            'load_preset', 'check_overrides', 'parse_setting', 'override', 'check_files', 'planned', 'check_sizes',
-           'check_names', 'check_source', 'check_topics', 'stage_parameters', 'file_parameters', 'content_hash',
-           'deciding', 'step_key', 'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream',
-           'status', 'set_aside', 'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells',
-           'stale_exports', 'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee',
-           'keep_earlier', 'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path',
-           'launch', 'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'later_flops', 'hours',
-           'work_section', 'memory_section', 'cost_section', 'disk_section', 'plan_text', 'series_overrides', 'share',
+           'check_names', 'check_source', 'stage_parameters', 'file_parameters', 'content_hash', 'deciding', 'step_key',
+           'product_files', 'marker_path', 'read_marker', 'damage', 'identity', 'upstream', 'status', 'set_aside',
+           'begin', 'finish', 'tags', 'source', 'read_notebook', 'prune', 'exported_cells', 'stale_exports',
+           'check_exports', 'use_atomic_saves', 'die_with_parent', 'kernel_options', 'Tee', 'keep_earlier',
+           'run_notebook', 'run_stage', 'without_errors', 'run_processes', 'only_one', 'run_path', 'launch',
+           'show_report', 'execute_lessons', 'check_exercises', 'refresh', 'later_flops', 'hours', 'work_section',
+           'memory_section', 'cost_section', 'disk_section', 'plan_text', 'series_overrides', 'share',
            'with_enough_text', 'series_row', 'series_law', 'series_text', 'draw_series', 'series_arguments',
            'miniseries', 'arguments', 'where_to_compute', 'print_plan', 'main', 'command_line']
 
@@ -283,7 +283,6 @@ def check_names(overrides: dict[str, dict]) -> None:
         weights = values[name] if stage == "sft" else dict.fromkeys(values[name], 1.0)
         for task in (task for task, weight in weights.items() if weight and task in REAL):
             check_source(stage, task, values["data"])
-    check_topics(stage_parameters(STEPS["rl"], overrides))
 
 # %% ../nbs/15_launch.ipynb #check-source
 def check_source(stage: str, task: str, data: str) -> None:
@@ -298,17 +297,6 @@ def check_source(stage: str, task: str, data: str) -> None:
         raise UserError(
             f"{error}; set {stage}.data to the folder that has it, or to \"huggingface\""
         ) from error
-
-
-def check_topics(rl: dict) -> None:
-    """Raise UserError when `skip_topics` names what no question has, or leaves none."""
-    if rl["skip_topics"]:
-        from nanochat_nb.rl import open_questions
-        try:
-            open_questions(rl["tasks"], "train", data=rl["data"], examples=200, seed=rl["seed"],
-                           skip_topics=rl["skip_topics"])
-        except UserError as error:
-            raise UserError(f"rl.{error}; change rl.skip_topics, or set it to []") from error
 
 
 def stage_parameters(step: Step, overrides: dict[str, dict]) -> dict:

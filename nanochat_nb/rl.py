@@ -161,12 +161,11 @@ def shown_by_sft(recipe: dict, tasks: Sequence[str], seed: int) -> dict[str, int
 
 
 def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int, seed: int,
-                   shown: dict[str, int] = {},
-                   skip_topics: Sequence[str] = ()) -> list[tuple[Task, dict]]:
-    """All (task, conversation) of a split but those of `skip_topics`, shuffled by `seed`.
+                   shown: dict[str, int] = {}) -> list[tuple[Task, dict]]:
+    """All (task, conversation) of a split, in an order shuffled by `seed`.
 
     Of an embedded task, those of the `examples` after its first `shown` that do not ask the same
-    once more. Raises UserError for a task without a judge, and a topic that no question has.
+    once more. Raises UserError for a task without a judge.
     """
     if not tasks:
         raise UserError("name at least one task to practise, such as word_problem")
@@ -181,17 +180,7 @@ def open_questions(tasks: Sequence[str], split: str, *, data: str, examples: int
         pairs += [(task, i) for i in range(known, len(task))
                   if not before or _question(task[i]) not in before]
     order = torch.randperm(len(pairs), generator=generator(seed, "rl questions", split)).tolist()
-    questions = [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
-    topics = {c["topic"] for _, c in questions if "topic" in c}
-    for topic in skip_topics:
-        if topic not in topics:
-            hint = nearest(topic, topics) if topics else "; they have none"
-            raise UserError(
-                f"skip_topics: no question of {', '.join(tasks)} is of topic {topic!r}{hint}")
-    left = [(task, c) for task, c in questions if c.get("topic") not in skip_topics]
-    if questions and not left:
-        raise UserError(f"skip_topics leaves no question of {', '.join(tasks)} to practise")
-    return left
+    return [(pairs[j][0], pairs[j][0][pairs[j][1]]) for j in order]
 
 
 def _question(conversation: dict) -> str:
@@ -424,7 +413,7 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
-           rounds: int = 1, skip_topics: list[str] = [], replay: int = 0, recall: int = 0,
+           rounds: int = 1, replay: int = 0, recall: int = 0,
            steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0, top_k: int = 0,
            advantage: str = "mean",
            normalize: str = "tokens", lr_fraction: float = 0.05, lr_shape: str = "cosine",
@@ -444,8 +433,7 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                           seed=seed)[:eval_prompts]
     model, tokenizer, sft = prepare_sft(run, folder, rt)
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed,
-                               shown=shown_by_sft(sft["recipe"], tasks, seed),
-                               skip_topics=skip_topics)
+                               shown=shown_by_sft(sft["recipe"], tasks, seed))
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
     old = old_solutions(sft["recipe"], tasks) if replay else []
     engine = Engine(model, tokenizer)

@@ -258,8 +258,9 @@ def test_git_filter_leaves_clean_notebooks_alone(path):
 def test_the_study_of_rl_is_drawn_from_its_runs(name, preset, solutions, steps, flops):
     """The numbers that 13 draws are those of benchmarks/rl_study.jsonl."""
     recipes = {"RL, 200 steps": "MaxRL, cooler", "RL with old solutions": "MaxRL, cooler", "RL without (MaxRL)": "MaxRL: right",
-               "RL without (minus the mean)": "minus the mean", "RL (preset)": "preset: ", "RL, no rare answers": "no rare",
-               "RL, no old solutions": "no old", "RL, neither": "neither", "RL, all questions": "all questions"}
+               "RL without (minus the mean)": "minus the mean", "RL (preset)": "preset: ",
+               "RL, hard questions": "hard questions, old", "RL, hard, no rare answers": "hard questions, no rare",
+               "RL, hard, no old solutions": "hard questions, no old", "RL, hard, neither": "hard questions, neither"}
     runs = [json.loads(line) for line in (ROOT / "benchmarks" / "rl_study.jsonl").read_text().splitlines()]
     runs = [r for r in runs if (r.get("preset"), r.get("solutions")) == (preset, solutions) and r.get("steps") in (None, steps)
             and flops[0] < r.get("flops", 0) < flops[1]]

@@ -278,7 +278,6 @@ def test_bad_parameters_of_fine_tuning(whole, tmp_path, change, message):
 @pytest.mark.parametrize("change, message", [
     (dict(tasks=["leters"]), "letters"), (dict(tasks=[]), "at least one task"), (dict(samples_per_prompt=1), "samples_per_prompt"),
     (dict(advantage="best"), "advantage"), (dict(steps=-1), "steps"), (dict(replay=-1), "replay"), (dict(recall=-1), "recall"),
-    (dict(skip_topics=["cont"]), "did you mean .count"),
     (dict(tasks=["word_problem"], replay=1), "no solutions of word_problem"), (dict(eval_prompts=0), "eval_prompts")])
 def test_bad_parameters_of_rl(whole, tmp_path, change, message):
     folder = copy_before(whole, "rl", tmp_path)
