@@ -256,7 +256,7 @@ BAD = [
     (["laptop", "--set", "sft.mixture={facts: 1}"], "did you mean 'fact'"),
     (["laptop", "--set", "rl.tasks=[word_problm]"], "did you mean 'word_problem'"),
     (["laptop", "--set", "sft.mixture={gsm8k: 1}"], "set sft.data"),
-    (["laptop", "--set", "rl.replay=4", "--set", "sft.mixture={fact: 1}"], "sft.mixture has none of word_problem, letters"),
+    (["laptop", "--set", "rl.replay=4", "--set", "sft.mixture={fact: 1}"], "sft.mixture has none of word_problem"),
     (["laptop", "--set", "eval.data=nowhere"], "no folder nowhere"),
     (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["laptop", "--run", "a b"], "letters, digits"),
