@@ -218,16 +218,15 @@ def planned(overrides: dict[str, dict]):
     Raises UserError for sizes that cannot be meant: no layers, ratio 0, a negative count.
     """
     from nanochat_nb.model import GPTConfig
-    from nanochat_nb.pretraining import plan_base
+    from nanochat_nb.pretraining import check_shape, plan_base
     from nanochat_nb.tokenizer import check_vocab_size
     base = stage_parameters(STEPS["base"], overrides)
-    if base["depth"] < 1:
-        raise UserError(f"depth must be at least 1, not {base['depth']}")
+    check_shape(base["depth"], base["aspect_ratio"])
     vocab_size = stage_parameters(STEPS["tokenizer"], overrides)["vocab_size"]
     check_vocab_size(vocab_size)
     config = GPTConfig.from_depth(
         base["depth"], vocab_size=vocab_size,
-        **{k: base[k] for k in ("sequence_len", "head_dim", "window_pattern")})
+        **{k: base[k] for k in ("sequence_len", "aspect_ratio", "head_dim", "window_pattern")})
     known = inspect.signature(plan_base).parameters
     return base, config, plan_base(config, **{k: base[k] for k in known if k in base})
 
@@ -1033,7 +1032,8 @@ def plan_text(overrides: dict[str, dict], hardware, processes: int) -> str:
 
 # %% ../nbs/15_launch.ipynb #series-overrides
 SERIES_DEPTHS = (2, 3, 4, 6, 8)
-SERIES_BASE = {"token_ratio": 0.1,     # what two cores have time for, at the larger depths
+SERIES_BASE = {"aspect_ratio": 64,     # the dial as everywhere else
+               "token_ratio": 0.1,     # what two cores have time for, at the larger depths
                "eval_every": 0, "sample_every": 0, "keep": 1,
                "eval_batches": 32}     # the differences are small: validate on more text
 

@@ -31,24 +31,28 @@ def adamw_update(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, step:
     p.addcdiv_(mean, spread, value=-lr / (1 - betas[0] ** step))
 
 # %% ../nbs/05_optimizer.ipynb #polar-express
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+POLAR_EXPRESS = {              # rounds → (a, b, c) of each
+    5: ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+    3: ((7.458181059745473, -20.78283275893005, 14.930233872627909),
+        (3.0239366125695035, -2.2212062500923113, 0.46379911685884057),
+        (2.1146135684922522, -1.4963002072780365, 0.40036239701306764)),
+}
 
 
-def polar_express(x: Tensor, steps: int = 5) -> Tensor:
+def polar_express(x: Tensor, rounds: int = 5) -> Tensor:
     """About the nearest orthogonal matrix to each x (K, m, n), by matrix products only.
 
-    Polar Express, arXiv 2505.16932. A product and its sum are one operation, rounded once.
+    Polar Express, arXiv 2505.16932; `rounds` is 5 or 3. A product and its sum are one operation,
+    rounded once.
     """
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS[rounds]:
         gram = x @ x.mT
         mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)       # b·gram + c·gram·gram
         x = torch.baddbmm(x, mixed, x, beta=a)                         # a·x + mixed·x
@@ -83,12 +87,12 @@ def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
 
 # %% ../nbs/05_optimizer.ipynb #muon-update
 def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, second: Tensor, *, lr: float,
-                momentum: float, beta2: float, weight_decay: float, steps: int,
+                momentum: float, beta2: float, weight_decay: float, rounds: int,
                 dtype: torch.dtype) -> None:
     """One Muon step in place for a stack of matrices p (K, m, n); the products are in dtype."""
     momentum_buffer.lerp_(grad, 1 - momentum)
     ahead = grad.lerp(momentum_buffer, momentum)                             # Nesterov
-    direction = polar_express(equilibrate_rows(ahead.to(dtype)), steps).to(p.dtype)
+    direction = polar_express(equilibrate_rows(ahead.to(dtype)), rounds).to(p.dtype)
     direction = even_out(renormalize(direction), second, beta2)
     lr = lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
     if weight_decay:
@@ -197,7 +201,7 @@ class MuonStack(AdamWStack):
         g = self.group
         muon_update(part, grad, self.state["momentum"], self.state["second"], lr=g["lr"],
                     momentum=g["momentum"], beta2=g["beta2"], weight_decay=g["weight_decay"],
-                    steps=g["ns_steps"], dtype=dtype)
+                    rounds=g["rounds"], dtype=dtype)
 
 # %% ../nbs/05_optimizer.ipynb #muonadamw
 class MuonAdamW:
@@ -205,7 +209,7 @@ class MuonAdamW:
 
     Each of `param_groups` is a dict with kind ("adamw" or "muon"), params, optionally names,
     and its numbers: lr, betas, eps, weight_decay for AdamW; lr, momentum, beta2, weight_decay and
-    ns_steps (rounds of `polar_express`) for Muon, whose params are matrices of one shape. Change
+    rounds (of `polar_express`) for Muon, whose params are matrices of one shape. Change
     them between steps as you like. A parameter without gradient counts as having gradient zero.
     Raises UserError for groups that are neither.
     """
@@ -277,11 +281,12 @@ def write_back(params: list[Tensor], new: list[Tensor]) -> None:
 def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float = 0.02,
                     embedding_lr: float = 0.3, unembedding_lr: float = 0.008,
                     scalar_lr: float = 0.5, smear_lr: float = 0.2,
-                    weight_decay: float = 0.28, scalar_eps: float = 1e-5) -> MuonAdamW:
+                    weight_decay: float = 0.28, rounds: int = 5,
+                    scalar_eps: float = 1e-5) -> MuonAdamW:
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
     The learning rates of embeddings were tuned at 768 channels and scale by
-    (channels / 768) ** -0.5. `weight_decay` is Muon's. Every group keeps its first learning rate
+    (channels / 768) ** -0.5. `weight_decay` and `rounds` (5 or 3) are Muon's. Every group keeps its first learning rate
     as group["initial_lr"], for schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10,
     which turns the rounding noise that a new model's scalars have for a gradient into whole steps.
     """
@@ -294,7 +299,7 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
         adamw_group(params, ("resid_lambdas",), scalar_lr * 0.01, (0.8, 0.95), 0.05, scalar_eps),
         adamw_group(params, ("x0_lambdas",), scalar_lr, (0.96, 0.95), 0.0, scalar_eps),
         adamw_group(params, ("smear_", "backout_"), smear_lr, (0.8, 0.95), 0.0, scalar_eps),
-    ] + muon_groups(params, matrix_lr, weight_decay)
+    ] + muon_groups(params, matrix_lr, weight_decay, rounds)
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return MuonAdamW(groups, rt, dtype=model.dtype)
 
@@ -307,7 +312,7 @@ def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
 
-def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
+def muon_groups(params: dict, lr: float, weight_decay: float, rounds: int) -> list[dict]:
     """A Muon group per shape of the blocks' matrices."""
     matrices = {name: p for name, p in params.items() if name.startswith("blocks.")}
     groups = []
@@ -315,7 +320,7 @@ def muon_groups(params: dict, lr: float, weight_decay: float) -> list[dict]:
         names = [name for name, p in matrices.items() if tuple(p.shape) == shape]
         groups.append({
             "kind": "muon", "names": names, "params": [matrices[name] for name in names], "lr": lr,
-            "momentum": 0.95, "beta2": 0.9, "ns_steps": 5, "weight_decay": weight_decay
+            "momentum": 0.95, "beta2": 0.9, "rounds": rounds, "weight_decay": weight_decay
         })
     return groups
 

@@ -37,15 +37,15 @@ from .tokenizer import Tokenizer, run_tokenizer
 # %% auto #0
 __all__ = ['REFERENCE_DEPTH', 'REFERENCE_BATCH', 'REFERENCE_RATIO', 'BATCH_EXPONENT', 'HORIZON_EXPONENT', 'SHARD_TOKENS',
            'UNIMPORTANT', 'PEAK_FLOPS', 'GPU_GIB', 'MEASURED_MFU', 'CPU_FLOPS', 'PRICES', 'SHARD_MB',
-           'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'plan_base', 'lr_multiplier', 'muon_momentum',
-           'decay_multiplier', 'accumulate', 'TrainingLoop', 'resume', 'set_aside', 'say', 'training_steps',
-           'affordable', 'save_and_time', 'due', 'save', 'best_step', 'keep_best', 'hopeless', 'stop', 'update',
-           'finish', 'shards_needed', 'documents_needed', 'on_rank_zero', 'prepare_tokens', 'check_rows',
-           'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts', 'sample_texts',
-           'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates', 'data_sheet',
-           'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base', 'bytes_of',
-           'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware', 'disk_plan',
-           'rules', 'PowerLaw', 'fit_power_law']
+           'scaling_parameters', 'best_batch', 'best_lr_scale', 'Plan', 'best_muon_rounds', 'plan_base', 'check_shape',
+           'lr_multiplier', 'muon_momentum', 'decay_multiplier', 'accumulate', 'TrainingLoop', 'resume', 'set_aside',
+           'say', 'training_steps', 'affordable', 'save_and_time', 'due', 'save', 'best_step', 'keep_best', 'hopeless',
+           'stop', 'update', 'finish', 'shards_needed', 'documents_needed', 'on_rank_zero', 'prepare_tokens',
+           'check_rows', 'check_enough', 'base_batches', 'validation_rows', 'validation_bpb', 'opening_prompts',
+           'sample_texts', 'open_run', 'prepare_tokenizer', 'build_model', 'compiled', 'recipe', 'learning_rates',
+           'data_sheet', 'peak_flops', 'pretrain', 'pretraining_step', 'record', 'base_metrics', 'mfu', 'run_base',
+           'bytes_of', 'standing_bytes', 'kept_bytes', 'memory_plan', 'Hardware', 'parse_hardware', 'this_hardware',
+           'disk_plan', 'rules', 'PowerLaw', 'fit_power_law']
 
 # %% ../nbs/11_pretraining.ipynb #scaling-parameters
 REFERENCE_DEPTH = 12           # where nanochat tuned its hyperparameters
@@ -92,11 +92,18 @@ class Plan:
     lr_scale: float            # on all learning rates
     weight_decay: float        # of the matrices, before its schedule
     warmup_steps: int
+    muon_rounds: int           # of Polar Express in each of Muon's updates
 
 # %% ../nbs/11_pretraining.ipynb #plan-base
+def best_muon_rounds(*, channels: int, batch: int) -> int:
+    """5 rounds of Polar Express, or 3 where 5 are over a twentieth of a square matrix's FLOPs."""
+    return 5 if 5 * channels / batch <= 1 / 20 else 3
+
+
 def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
               total_batch_tokens: int = 0, warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
     """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
+    And our rounds of Muon.
 
     `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for
     values that cannot be meant: ratio 0, negative counts.
@@ -114,7 +121,8 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
         steps * batch, token_ratio * parameters)
     return Plan(steps=steps, batch_tokens=batch, tokens=steps * batch, parameters=parameters,
                 lr_scale=lr_scale * scale, weight_decay=decay,
-                warmup_steps=min(warmup_steps, max(steps // 10, 10), max(1, steps // 3)))
+                warmup_steps=min(warmup_steps, max(steps // 10, 10), max(1, steps // 3)),
+                muon_rounds=best_muon_rounds(channels=config.n_embd, batch=batch))
 
 # %% ../nbs/11_pretraining.ipynb #at-depth
 def _at_depth(config: GPTConfig, depth: int) -> GPTConfig:
@@ -122,6 +130,13 @@ def _at_depth(config: GPTConfig, depth: int) -> GPTConfig:
                                 sequence_len=config.sequence_len,
                                 head_dim=config.n_embd // config.n_head,
                                 window_pattern=config.window_pattern)
+
+
+def check_shape(depth: int, aspect_ratio: int) -> None:
+    """Raises UserError for a model without layers or without channels."""
+    for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
 
 
 def _round_batch(tokens: float, sequence_len: int) -> int:
@@ -635,7 +650,8 @@ def mfu(loop: TrainingLoop) -> float | None:
 
 # %% ../nbs/11_pretraining.ipynb #run-base
 def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, depth: int = 2,
-             head_dim: int = 64, sequence_len: int = 128, window_pattern: str = "SSSL",
+             aspect_ratio: int = 64, head_dim: int = 64, sequence_len: int = 128,
+             window_pattern: str = "SSSL",
              token_ratio: float = 12.0, steps: int = 40, total_batch_tokens: int = 2048,
              micro_batch_rows: int = 32, warmup_steps: int = 40, lr_scale: float = 1.0,
              eval_every: int = 20, eval_batches: int = 4, sample_every: int = 40,
@@ -648,12 +664,12 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
     """
     p = {k: v for k, v in locals().items() if k != "run"}
     rt = start_runtime(device, dtype)
-    if depth < 1:
-        raise UserError(f"depth must be at least 1, not {depth}")
+    check_shape(depth, aspect_ratio)
     folder = open_run(run, rt)
     tokenizer = prepare_tokenizer(run, folder, rt)
     config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len,
-                                  head_dim=head_dim, window_pattern=window_pattern)
+                                  aspect_ratio=aspect_ratio, head_dim=head_dim,
+                                  window_pattern=window_pattern)
     plan = plan_base(config, token_ratio=token_ratio, steps=steps,
                      total_batch_tokens=total_batch_tokens, warmup_steps=warmup_steps,
                      lr_scale=lr_scale)
@@ -667,7 +683,7 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
     if fp8:
         train_in_fp8(model)
     optimizer = build_optimizer(model, rt=rt, weight_decay=plan.weight_decay,
-                                **learning_rates(plan.lr_scale))
+                                rounds=plan.muon_rounds, **learning_rates(plan.lr_scale))
     made_by = {"tokenizer": tokenizer.fingerprint(),
                "tokens": [s["sha256"] for s in train.index["shards"]]}
     loop = TrainingLoop("base", folder, rt, model=model, optimizer=optimizer, steps=plan.steps,
@@ -834,7 +850,7 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
     by_hand = "fixed by hand, not by the rule: "
     rates = learning_rates(plan.lr_scale)
     return [
-        ("width", f"{config.n_embd}", "64 × depth, up to whole heads (nanochat)"),
+        ("width", f"{config.n_embd}", "aspect_ratio × depth, up to whole heads (nanochat: 64)"),
         ("heads", f"{config.n_head} × {config.head_dim}", "width / head_dim; no GQA (nanochat)"),
         ("windows", config.window_pattern, "short and long layers in turn (nanochat)"),
         ("tokens per parameter", f"{plan.tokens / plan.parameters:.3g}",
@@ -846,6 +862,8 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
          "∝ √batch (nanochat); short runs more, ∝ tokens^-0.32 (arXiv 2409.19913), up to × 1"),
         ("weight decay", f"{plan.weight_decay:.4f}",
          "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
+        ("Muon's rounds", f"{plan.muon_rounds}", "5 (nanochat); 3 where 5 would be over a twentieth "
+         "of the FLOPs (measured on the laptop)"),
         ("warmup, steps", f"{plan.warmup_steps}", "40 (nanochat); fewer in a short run"),
     ]
 

@@ -438,6 +438,7 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     old = old_solutions(sft["recipe"], tasks) if replay else []
     engine = Engine(model, tokenizer)
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
+                                rounds=sft["plan"]["muon_rounds"],
                                 **learning_rates(lr_fraction * sft["plan"]["lr_scale"]))
     made_by = {"tokenizer": sft["tokenizer"], "sft": sft["weights"]}
     loop = TrainingLoop("rl", folder, rt, model=model, optimizer=optimizer, save_every=save_every,

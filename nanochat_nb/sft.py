@@ -249,7 +249,8 @@ def run_sft(
                     for m in (train, val if len(val) else train))
     rates = learning_rates(lr_fraction * base["plan"]["lr_scale"] *
                            math.sqrt(batch / base["plan"]["batch_tokens"]))
-    optimizer = build_optimizer(model, rt=rt, weight_decay=0.0, **rates)
+    optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
+                                rounds=base["plan"]["muon_rounds"], **rates)
     optimizer.load_full_state(optimizer_state)
     made_by = {"tokenizer": base["tokenizer"], "base": base["weights"], "rows": rows_hash(packed)}
     loop = TrainingLoop(

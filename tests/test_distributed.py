@@ -123,7 +123,7 @@ def odd_optimizer(rt=None) -> MuonAdamW:
     """Parameters of odd sizes in float64, drawn from a seed."""
     rng, groups = generator(0, "odd"), []
     for kind, numbers in (("adamw", dict(lr=0.1, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1)),
-                          ("muon", dict(lr=0.1, momentum=0.9, beta2=0.9, ns_steps=5, weight_decay=0.1))):
+                          ("muon", dict(lr=0.1, momentum=0.9, beta2=0.9, rounds=5, weight_decay=0.1))):
         for shapes in ODD[kind]:
             params = [torch.randn(shape, generator=rng).double().requires_grad_() for shape in shapes]
             groups.append({"kind": kind, "params": params, **numbers})
