@@ -96,21 +96,23 @@ class Plan:
 
 # %% ../nbs/11_pretraining.ipynb #plan-base
 def best_muon_rounds(*, channels: int, batch: int) -> int:
-    """5 rounds of Polar Express, or 3 where 5 are over a twentieth of a square matrix's FLOPs."""
-    return 5 if 5 * channels / batch <= 1 / 20 else 3
+    """5 rounds of Polar Express, or 3 where 5 are over a fifth of a square matrix's other FLOPs."""
+    return 5 if 5 * channels / batch <= 1 / 5 else 3
 
 
-def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
-              total_batch_tokens: int = 0, warmup_steps: int = 40, lr_scale: float = 1.0) -> Plan:
-    """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay.
-    And our rounds of Muon.
+def plan_base(config: GPTConfig, *, aspect_ratio: int = 64, token_ratio: float = 12.0,
+              steps: int = 0, total_batch_tokens: int = 0, warmup_steps: int = 40,
+              lr_scale: float = 1.0) -> Plan:
+    """nanochat's scaling rules for a model: steps, batch, learning-rate scale, weight decay;
+    and our rounds of Muon.
 
+    `aspect_ratio` is that of `config`; the reference of depth 12 has the same.
     `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for
     values that cannot be meant: ratio 0, negative counts.
     """
-    _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale)
+    _check_plan(token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale)
     parameters = scaling_parameters(config)
-    reference = token_ratio * scaling_parameters(_at_depth(config, REFERENCE_DEPTH))
+    reference = token_ratio * scaling_parameters(_at_depth(config, REFERENCE_DEPTH, aspect_ratio))
     batch = total_batch_tokens or _round_batch(
         best_batch(reference_tokens=reference, steps=steps,
                    tokens=0 if steps else token_ratio * parameters), config.sequence_len)
@@ -125,9 +127,10 @@ def plan_base(config: GPTConfig, *, token_ratio: float = 12.0, steps: int = 0,
                 muon_rounds=best_muon_rounds(channels=config.n_embd, batch=batch))
 
 # %% ../nbs/11_pretraining.ipynb #at-depth
-def _at_depth(config: GPTConfig, depth: int) -> GPTConfig:
+def _at_depth(config: GPTConfig, depth: int, aspect_ratio: int) -> GPTConfig:
     return GPTConfig.from_depth(depth, vocab_size=config.vocab_size,
                                 sequence_len=config.sequence_len,
+                                aspect_ratio=aspect_ratio,
                                 head_dim=config.n_embd // config.n_head,
                                 window_pattern=config.window_pattern)
 
@@ -144,7 +147,7 @@ def _round_batch(tokens: float, sequence_len: int) -> int:
     return sequence_len * 2 ** max(0, round(math.log2(tokens / sequence_len)))
 
 
-def _check_plan(config, token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale):
+def _check_plan(token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale):
     if token_ratio <= 0:
         raise UserError(f"token_ratio must be positive, not {token_ratio}: "
                         "it is the tokens read per parameter (12 is a good one)")
@@ -670,7 +673,7 @@ def run_base(*, run: str = "", text: list[str] = ["world"], documents: int = 0, 
     config = GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len,
                                   aspect_ratio=aspect_ratio, head_dim=head_dim,
                                   window_pattern=window_pattern)
-    plan = plan_base(config, token_ratio=token_ratio, steps=steps,
+    plan = plan_base(config, aspect_ratio=aspect_ratio, token_ratio=token_ratio, steps=steps,
                      total_batch_tokens=total_batch_tokens, warmup_steps=warmup_steps,
                      lr_scale=lr_scale)
     check_rows(plan.batch_tokens, sequence_len, micro_batch_rows, rt.world_size)
@@ -862,8 +865,8 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
          "∝ √batch (nanochat); short runs more, ∝ tokens^-0.32 (arXiv 2409.19913), up to × 1"),
         ("weight decay", f"{plan.weight_decay:.4f}",
          "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
-        ("Muon's rounds", f"{plan.muon_rounds}", "5 (nanochat); 3 where 5 would be over a twentieth "
-         "of the FLOPs (measured on the laptop)"),
+        ("Muon's rounds", f"{plan.muon_rounds}", "5 (nanochat); 3 where 5 would be over a fifth of "
+         "a square matrix's other FLOPs (measured on the laptop)"),
         ("warmup, steps", f"{plan.warmup_steps}", "40 (nanochat); fewer in a short run"),
     ]
 
