@@ -286,8 +286,8 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
     """nanochat's groups for a GPT: Muon for the matrices of the blocks, AdamW for all else.
 
     The learning rates of embeddings were tuned at 768 channels and scale by
-    (channels / 768) ** -0.5. `weight_decay` and `rounds` (5 or 3) are Muon's. Every group keeps its first learning rate
-    as group["initial_lr"], for schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10,
+    (channels / 768) ** -0.5. `weight_decay` and `rounds` (5 or 3) are Muon's. Every group keeps
+    its first learning rate as group["initial_lr"], for schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10,
     which turns the rounding noise that a new model's scalars have for a gradient into whole steps.
     """
     params = dict(model.named_parameters())

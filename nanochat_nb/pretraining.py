@@ -97,7 +97,8 @@ class Plan:
 # %% ../nbs/11_pretraining.ipynb #plan-base
 def best_muon_rounds(*, channels: int, batch: int) -> int:
     """5 rounds of Polar Express, or 3 where 5 are over a fifth of a square matrix's other FLOPs."""
-    return 5 if 5 * channels / batch <= 1 / 5 else 3
+    share = 5 * channels / batch                         # `muons_share` of 05
+    return 5 if share <= 1 / 5 else 3
 
 
 def plan_base(config: GPTConfig, *, aspect_ratio: int = 64, token_ratio: float = 12.0,
@@ -110,6 +111,9 @@ def plan_base(config: GPTConfig, *, aspect_ratio: int = 64, token_ratio: float =
     `steps` and `total_batch_tokens` override the rule where they are not 0. Raises UserError for
     values that cannot be meant: ratio 0, negative counts.
     """
+    if _at_depth(config, config.n_layer, aspect_ratio).n_embd != config.n_embd:
+        raise UserError(f"aspect_ratio={aspect_ratio} is not that of a model with {config.n_layer} "
+                        f"layers and {config.n_embd} channels")
     _check_plan(token_ratio, steps, total_batch_tokens, warmup_steps, lr_scale)
     parameters = scaling_parameters(config)
     reference = token_ratio * scaling_parameters(_at_depth(config, REFERENCE_DEPTH, aspect_ratio))
@@ -777,8 +781,9 @@ GPU_GIB = {"B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "
            "L40S": 48, "L40": 48, "L4": 24, "A10": 24, "RTX 5090": 32, "RTX 4090": 24,
            "RTX 3090": 24, "T4": 16}                         # data sheets
 MEASURED_MFU = {12: 0.435, 20: 0.488}        # by depth: one H200, bf16 (benchmarks/RESULTS.md)
-# reached on each of two cores by the laptop preset (there): with AMX; with bf16 alone; with neither
-CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 87e9, "CPU-FP32": 37e9}
+# reached on each of two cores by the laptop preset (there): with AMX and with neither by the one
+# of 256 channels, with bf16 alone by the present one
+CPU_FLOPS = {"CPU-AMX": 117e9, "CPU": 100e9, "CPU-FP32": 37e9}
 # US dollars per GPU-hour: the H100 as in nanochat's README, the others of the same order
 PRICES = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "RTX 5090": 0.6, "RTX 4090": 0.4,
           "RTX 3090": 0.25, "L4": 0.5, "T4": 0.3}
@@ -866,7 +871,7 @@ def rules(config: GPTConfig, plan: Plan, *, token_ratio: float, steps: int = 0,
         ("weight decay", f"{plan.weight_decay:.4f}",
          "0.28 · √(batch/2¹⁹) · reference tokens/tokens (arXiv 2405.13698)"),
         ("Muon's rounds", f"{plan.muon_rounds}", "5 (nanochat); 3 where 5 would be over a fifth of "
-         "a square matrix's other FLOPs (measured on the laptop)"),
+         "a square matrix's other FLOPs"),
         ("warmup, steps", f"{plan.warmup_steps}", "40 (nanochat); fewer in a short run"),
     ]
 

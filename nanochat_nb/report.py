@@ -564,13 +564,14 @@ def compare(folders: Sequence[str | Path]) -> str:
 
 # %% ../nbs/14_report.ipynb #ticks
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart)
+    """At most `most` + 1 round numbers (1, 2, 2.5 or 5 times a power of ten apart)
     that lie within low … high."""
     if not high > low:
         return [low]
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    fine = (1, 2, 2.5, 5, 10) if power >= 10 else (1, 2, 5, 10)        # whole steps stay whole
+    step = next(m * power for m in fine if m * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
 
@@ -711,8 +712,11 @@ def curves(folder: Path) -> str:
     def get(stage: str, key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in logs[stage] if isinstance(r.get(key), (int, float))]
     tests = sorted({k for r in logs["rl"] for k in r if "pass@" in k})
-    rl = {title(k.split("_pass")[0]) + " pass@1" if "_" in k else k: get("rl", k)
-          for k in tests if k.endswith("pass@1") or "_" not in k}
+    of_all = [k for k in tests if "_" not in k]          # "pass@1"; a task's is "NAME_pass@1"
+    of_tasks = [k for k in tests if "_" in k and k.endswith("pass@1")]
+    rl = {k: get("rl", k) for k in of_all}
+    if len(of_tasks) > 1:                # of a single task it would be the same curve
+        rl |= {title(k.split("_pass")[0]) + " pass@1": get("rl", k) for k in of_tasks}
     charts = [line_chart("Pretraining: loss",
                          {"training loss (nats per token)": get("base", "loss")}),
               line_chart("Pretraining: held-out text", {"bits per byte": get("base", "val_bpb")}),

@@ -89,6 +89,7 @@ def test_hardware_is_understood(name, expected):
     (["--plan", "--hardware", "3xH100"], "does not divide over 3 ranks"),
     (["--plan", "--processes", "0"], "--processes must be at least 1"),
     (["--plan", "--depth", "0"], "depth must be at least 1"),
+    (["--plan", "--set", "base.aspect_ratio=0"], "aspect_ratio must be at least 1"),
     (["--hardware", "8xH100"], "--hardware goes with --plan")])
 def test_what_cannot_be_planned(elsewhere, arguments, expected):
     with pytest.raises(UserError, match=re.escape(expected)):

@@ -256,7 +256,7 @@ def test_a_full_disk(whole, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(depth=0), "depth must be at least 1"), (dict(steps=0, token_ratio=0), "token_ratio"),
+    (dict(depth=0), "depth must be at least 1"), (dict(aspect_ratio=0), "aspect_ratio must"), (dict(steps=0, token_ratio=0), "token_ratio"),
     (dict(total_batch_tokens=1000), "no multiple of sequence_len"), (dict(micro_batch_rows=0), "micro_batch_rows"),
     (dict(documents=3), "corpus is too small"), (dict(lr_scale=-1), "lr_scale"), (dict(text=["wrold"]), "world")])
 def test_bad_parameters_of_pretraining(whole, tmp_path, change, message):
@@ -283,6 +283,21 @@ def test_bad_parameters_of_rl(whole, tmp_path, change, message):
     folder = copy_before(whole, "rl", tmp_path)
     with pytest.raises(UserError, match=message):
         rl.run_rl(run=str(folder), **RL | change)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_muon_takes_the_rounds_of_the_plan(whole, tmp_path, monkeypatch, stage):
+    """Three at this size: 5 · 64 channels / 768 tokens a step is over a fifth."""
+    class Enough(Exception):
+        pass
+
+    def note(model, **options):
+        raise Enough(options["rounds"])
+
+    run_stage, options, module = STAGES[stage]
+    monkeypatch.setattr(module, "build_optimizer", note)
+    with pytest.raises(Enough, match="3"):
+        run_stage(run=str(copy_before(whole, stage, tmp_path)), **options)
 
 
 def test_a_named_run_needs_the_stage_before(tmp_path):
