@@ -287,8 +287,9 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
 
     The learning rates of embeddings were tuned at 768 channels and scale by
     (channels / 768) ** -0.5. `weight_decay` and `rounds` (5 or 3) are Muon's. Every group keeps
-    its first learning rate as group["initial_lr"], for schedules to multiply. `scalar_eps` is larger than nanochat's 1e-10,
-    which turns the rounding noise that a new model's scalars have for a gradient into whole steps.
+    its first learning rate as group["initial_lr"], for schedules to multiply. `scalar_eps` is
+    larger than nanochat's 1e-10, which turns the rounding noise that a new model's scalars have
+    for a gradient into whole steps.
     """
     params = dict(model.named_parameters())
     scale = (model.config.n_embd / 768) ** -0.5
@@ -303,7 +304,7 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return MuonAdamW(groups, rt, dtype=model.dtype)
 
-
+# %% ../nbs/05_optimizer.ipynb #optimizer-groups
 def adamw_group(params: dict, prefixes: tuple[str, ...], lr: float, betas: tuple,
                 weight_decay: float, eps: float = 1e-10) -> dict:
     """An AdamW group of the parameters whose names begin with one of `prefixes`."""

@@ -76,5 +76,6 @@ def test_each_depth_has_its_own_horizon_at_one_ratio():
     from nanochat_nb.launch import SERIES_DEPTHS, planned, series_overrides
     plans = {depth: planned(values)[2] for depth, values in series_overrides(SERIES_DEPTHS).items()}
     assert list(plans) == sorted(SERIES_DEPTHS)
+    assert all(planned(values)[1].n_embd == 64 * depth for depth, values in series_overrides(SERIES_DEPTHS).items())
     for plan in plans.values():
         assert abs(plan.tokens / plan.parameters - 0.1) < 0.005 and plan.batch_tokens == 4096
