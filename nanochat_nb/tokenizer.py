@@ -10,11 +10,13 @@ import hashlib
 import heapq
 import json
 import os
+import random
 import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,10 @@ from .runtime import (Runtime, UserError, join_ranks, nearest, peak_memory_bytes
                                  run_folder, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'PART_TYPES', 'GPT2_PATTERN', 'CL100K_PATTERN', 'merge_pair',
-           'split_text', 'count_pieces', 'train_merges', 'tokens_of', 'Tokenizer', 'patch_to', 'check_vocab_size',
-           'gpt2_bytes', 'read_gpt2', 'read_tiktoken', 'load_published', 'conversation_text', 'training_texts',
-           'measure_compression', 'split_pattern', 'run_tokenizer']
+__all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'PART_TYPES', 'GPT2_PATTERN', 'CL100K_PATTERN', 'MOST_CHATS',
+           'merge_pair', 'split_text', 'count_pieces', 'train_merges', 'tokens_of', 'Tokenizer', 'patch_to',
+           'check_vocab_size', 'gpt2_bytes', 'read_gpt2', 'read_tiktoken', 'load_published', 'conversation_text',
+           'training_texts', 'measure_compression', 'split_pattern', 'run_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #merge-pair
 def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -495,17 +497,21 @@ def measure_compression(tokenizers: dict[str, Tokenizer],
     return table
 
 # %% ../nbs/02_tokenizer.ipynb #chats
-def _chats(conversations: Sequence[str], split: str, *, seed: int, limit: int) -> Iterator[dict]:
-    """Your own conversations (every tenth is "val"), or the embedded ones, the kinds in turn."""
+def _chats(conversations: Sequence[str], split: str, *, mixture: dict[str, float] = {},
+           seed: int, limit: int) -> Iterator[dict]:
+    """Your own conversations (every tenth is "val"), or about `limit` embedded ones, shuffled: of
+    each kind its share of `mixture`, or as many of each."""
     from nanochat_nb import corpus
     if conversations:
         own = (c for path in conversations for c in corpus.read_conversations(path))
         yield from (c for i, c in enumerate(own) if (i % 10 == 9) == (split == "val"))
         return
-    groups = [corpus.conversations(kind, split, limit=limit, seed=seed)
-              for kind in corpus.CONVERSATION_KINDS]
-    for turn in zip_longest(*groups):
-        yield from filter(None, turn)
+    shares = mixture or dict.fromkeys(corpus.CONVERSATION_KINDS, 1)
+    each = limit / sum(shares.values())
+    chats = [c for kind, share in shares.items()
+             for c in corpus.conversations(kind, split, limit=ceil(share * each), seed=seed)]
+    random.Random(seed).shuffle(chats)
+    yield from chats
 
 
 def _held_out(source, chats: Iterable[dict], per_kind: int = 50) -> dict[str, list[str]]:
@@ -525,11 +531,15 @@ def split_pattern(digits: int) -> str:
     return SPLIT_PATTERN.replace("{1,2}", f"{{1,{digits}}}")
 
 
+MOST_CHATS = 30_000                        # more say nothing new to a trainer that counts words
+
+
 def _train_and_measure(folder: Path, p: dict) -> dict:
     """Train, save and measure as `p` says; the summary without what all stages have in common."""
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
-    chats = _chats(p["conversations"], "train", seed=p["seed"], limit=400)
+    enough = min(MOST_CHATS, ceil(p["train_chars"] * p["chat_fraction"] / 40))
+    chats = _chats(p["conversations"], "train", mixture=p["mixture"], seed=p["seed"], limit=enough)
     tokenizer = Tokenizer.train(training_texts(source, chats, p["train_chars"], p["chat_fraction"]),
                                 p["vocab_size"], pattern=split_pattern(p["digits"]))
     tokenizer.save(folder)
@@ -543,13 +553,17 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
 # %% ../nbs/02_tokenizer.ipynb #run-tokenizer
 def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: int = 2000,
                   conversations: Sequence[str] = [], vocab_size: int = 768, digits: int = 2,
-                  train_chars: int = 400_000, chat_fraction: float = 0.15, seed: int = 0,
-                  published: str = "") -> dict:
+                  train_chars: int = 400_000, chat_fraction: float = 0.15,
+                  mixture: dict[str, float] = {}, seed: int = 0, published: str = "") -> dict:
     """The tokenizer stage: train, save to RUN/tokenizer, measure compression; return the summary.
 
-    At most `digits` digits make one token. Raises UserError when that is not 1, 2 or 3, and when
-    the vocabulary is too small, or larger than the text can give.
+    `chat_fraction` of the text are conversations, of each embedded kind its share of `mixture`
+    (kind → weight; empty: of all alike). At most `digits` digits make one token. Raises UserError
+    when that is not 1, 2 or 3, when `mixture` has an unknown kind or a weight that is not
+    positive, and when the vocabulary is too small, or larger than the text can give.
     """
+    if any(not share > 0 for share in mixture.values()):
+        raise UserError(f"the weights of mixture must be positive, not {mixture}")
     parameters = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items()}
     cpu = torch.device("cpu")
     rt = Runtime(cpu, torch.float32, *join_ranks(cpu))     # no model: the dtype stays as chosen
