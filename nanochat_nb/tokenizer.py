@@ -538,7 +538,8 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
     """Train, save and measure as `p` says; the summary without what all stages have in common."""
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
-    enough = min(MOST_CHATS, ceil(p["train_chars"] * p["chat_fraction"] / 40))
+    chars = p["train_chars"] * p["chat_fraction"]
+    enough = min(MOST_CHATS, ceil(chars / 40))             # they have 90 characters and more
     chats = _chats(p["conversations"], "train", mixture=p["mixture"], seed=p["seed"], limit=enough)
     tokenizer = Tokenizer.train(training_texts(source, chats, p["train_chars"], p["chat_fraction"]),
                                 p["vocab_size"], pattern=split_pattern(p["digits"]))
