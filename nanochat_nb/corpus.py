@@ -1695,7 +1695,7 @@ def _of_split(what: str, split: str) -> tuple[str, ...]:
 def _told(rng: random.Random, split: str) -> dict[str, str]:
     """One to three things to tell, with values of `split`; a third of the names are new ones.
 
-    In training three in ten of the other things have a word too many, to be repeated with them.
+    In training half of the other things are something else: a value and a word, or only words.
     """
     kinds = [what for what in MEMORY if _of_split(what, split)]
     told = {what: pick(rng, _of_split(what, split))
@@ -1704,8 +1704,9 @@ def _told(rng: random.Random, split: str) -> dict[str, str]:
         while what in _NAMES and rng.random() < 0.35:
             name = capital(new_word(rng, split))
             told[what] = name if split_of("memory", what, name) == split else told[what]
-        if split == "train" and what in _THINGS and rng.random() < 0.3:
-            longer = " ".join(rng.sample([told[what], pick(rng, REAL_WORDS)], 2))
+        if split == "train" and what in _THINGS and rng.random() < 0.5:
+            other = pick(rng, (told[what], told[what], pick(rng, REAL_WORDS)))
+            longer = " ".join(rng.sample([other, pick(rng, REAL_WORDS)], pick(rng, (2, 2, 2, 1))))
             told[what] = told[what] if longer in MEMORY[what] else longer
     return told
 

@@ -257,6 +257,10 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     if rl["replay"] and not any(sft["mixture"].get(task) for task in rl["tasks"]):
         raise UserError("rl.replay shows solutions of fine-tuning again, and sft.mixture has none "
                         f"of {', '.join(rl['tasks'])}; set rl.replay to 0")
+    if rl["reminders"] and not any(sft["mixture"][task] for task in sft["mixture"]
+                                   if task not in rl["tasks"]):
+        raise UserError("rl.reminders shows what fine-tuning was given beside rl.tasks again, and "
+                        "sft.mixture has nothing else; set rl.reminders to 0")
 
 # %% ../nbs/15_launch.ipynb #check-names
 def check_names(overrides: dict[str, dict]) -> None:
@@ -887,7 +891,7 @@ def refresh(numbers: Sequence[str] = ()) -> None:
 # %% ../nbs/15_launch.ipynb #later-flops
 ROUGH_ROWS = {"smoltalk": (460_000, 900), "mmlu": (100_000, 150), "gsm8k": (7_500, 200),
               "spellingbee": (1_000, 115)}
-TALK_TOKENS = 48                          # of an embedded conversation; above: (rows, tokens a row)
+TALK_TOKENS = 44                          # of an embedded conversation; above: (rows, tokens a row)
 
 
 def later_flops(overrides: dict[str, dict], batch_tokens: int,
@@ -908,7 +912,7 @@ def later_flops(overrides: dict[str, dict], batch_tokens: int,
     questions = sum(ROUGH_ROWS[t][0] if t in ROUGH_ROWS else rl["examples"] for t in rl["tasks"])
     rounds = rl["steps"] or max(1, questions // rl["prompts_per_step"])
     answers = rounds * rl["prompts_per_step"] * rl["samples_per_prompt"] * rl["max_new_tokens"]
-    again = rounds * (rl["replay"] + rl["recall"]) * TALK_TOKENS
+    again = rounds * (rl["replay"] + rl["reminders"] + rl["recall"]) * TALK_TOKENS
     tokens = steps or sft["epochs"] * talk / (1 - sft["text_share"])
     return {"fine-tuning": flops_per_token * tokens,
             "RL": flops_per_token * (answers * 4 / 3 + again)}     # writing costs a third of learning

@@ -28,9 +28,9 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['ADVANTAGES', 'NORMALIZATIONS', 'REPLAY_VOTE', 'REMEMBERED', 'Rollout', 'roll_out', 'answer_text', 'advantages',
            'token_weights', 'policy_rows', 'policy_gradient', 'shown_by_sft', 'open_questions', 'that_fit',
-           'question_sources', 'questions_of', 'old_solutions', 'shown_again', 'remember', 'recalled', 'test_pass',
-           'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from', 'rl_metrics', 'prepare_sft',
-           'run_rl']
+           'question_sources', 'questions_of', 'old_solutions', 'other_conversations', 'shown_again', 'remember',
+           'recalled', 'test_pass', 'rl_multiplier', 'check_rl', 'practise', 'practise_step', 'learn_from',
+           'rl_metrics', 'prepare_sft', 'run_rl']
 
 # %% ../nbs/13_rl.ipynb #rollout
 @dataclass(frozen=True)
@@ -234,14 +234,33 @@ def old_solutions(recipe: dict, tasks: Sequence[str]) -> list[tuple[Task, int]]:
     return found
 
 
-def shown_again(old: list[tuple[Task, int]], loop: TrainingLoop, tokenizer: Tokenizer,
+def other_conversations(recipe: dict, tasks: Sequence[str],
+                        wanted: int) -> list[tuple[Task, int]]:
+    """About `wanted` (task, row) of the examples of all other tasks that the fine-tuning with this
+    recipe was given, of each as many as are its share. Raises UserError when it was given none."""
+    rows = {name: rows_made(recipe["examples"], epochs)
+            for name, epochs in recipe["mixture"].items() if epochs and name not in tasks}
+    if not rows:
+        raise UserError(f"reminders: fine-tuning was given nothing beside {', '.join(tasks)}; "
+                        "set reminders to 0")
+    share, found = min(1.0, wanted / sum(rows.values())), []
+    for name, count in rows.items():
+        task = open_split(name, "train", data=recipe["data"], seed=recipe["seed"],
+                          examples=math.ceil(share * count))
+        found += [(task, i) for i in range(len(task))]
+    return found
+
+
+def shown_again(old: dict[str, list[tuple[Task, int]]], loop: TrainingLoop, tokenizer: Tokenizer,
                 p: dict) -> list[Rollout]:
-    """This rank's share of the `replay` old solutions of a step."""
+    """This rank's share of the conversations that a step shows once more:
+    of each list in `old` as many as the parameter of its name says."""
     out, longest = [], loop.model.config.sequence_len + 1
-    numbers = questions_of(loop.step, p["replay"], len(old), p["seed"])
-    for task, i in (old[n] for n in numbers[loop.rt.rank::loop.rt.world_size]):
-        ids, mask = tokenizer.render_conversation(task[i], longest)
-        out.append(Rollout(ids[:1], ids[1:], mask[1:], 1.0, True))
+    for name, rows in old.items():
+        numbers = questions_of(loop.step, p[name], len(rows), p["seed"])
+        for task, i in (rows[n] for n in numbers[loop.rt.rank::loop.rt.world_size]):
+            ids, mask = tokenizer.render_conversation(task[i], longest)
+            out.append(Rollout(ids[:1], ids[1:], mask[1:], 1.0, True))
     return out
 
 # %% ../nbs/13_rl.ipynb #recall
@@ -309,7 +328,7 @@ def check_rl(p: dict, rt: Runtime) -> None:
                  "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
-    for name in ("replay", "recall"):
+    for name in ("replay", "reminders", "recall"):
         if p[name] < 0:
             raise UserError(f"{name} must not be negative, but is {p[name]}")
     if p["steps"] < 0 or p["lr_fraction"] <= 0:
@@ -321,7 +340,7 @@ def check_rl(p: dict, rt: Runtime) -> None:
 
 # %% ../nbs/13_rl.ipynb #practise
 def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions, held,
-             old: list[tuple[Task, int]], p: dict) -> None:
+             old: dict[str, list[tuple[Task, int]]], p: dict) -> None:
     """The steps that are left of an RL run with parameters `p`, and its tests."""
     def look() -> None:
         result = test_pass(engine, tokenizer, held, p, loop.rt)
@@ -338,7 +357,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
 
 # %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
-                  old: list[tuple[Task, int]], p: dict) -> None:
+                  old: dict[str, list[tuple[Task, int]]], p: dict) -> None:
     """Answer, judge, learn, and look at old solutions and answers: one step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
@@ -413,7 +432,7 @@ def prepare_sft(run: str, folder: Path, rt: Runtime):
 # %% ../nbs/13_rl.ipynb #run-rl
 def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], examples: int = 100,
            data: str = "", prompts_per_step: int = 8, samples_per_prompt: int = 8,
-           rounds: int = 1, replay: int = 0, recall: int = 0,
+           rounds: int = 1, replay: int = 0, reminders: int = 0, recall: int = 0,
            steps: int = 3, max_new_tokens: int = 96, temperature: float = 1.0, top_k: int = 0,
            advantage: str = "mean",
            normalize: str = "tokens", lr_fraction: float = 0.05, lr_shape: str = "cosine",
@@ -435,7 +454,10 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
     questions = open_questions(tasks, "train", data=data, examples=examples, seed=seed,
                                shown=shown_by_sft(sft["recipe"], tasks, seed))
     practice, held = (that_fit(q, tokenizer, model.config.sequence_len) for q in (questions, held))
-    old = old_solutions(sft["recipe"], tasks) if replay else []
+    steps = steps or max(1, len(practice) // prompts_per_step)
+    old = {"replay": old_solutions(sft["recipe"], tasks)} if replay else {}
+    if reminders:
+        old["reminders"] = other_conversations(sft["recipe"], tasks, steps * reminders)
     engine = Engine(model, tokenizer)
     optimizer = build_optimizer(model, rt=rt, weight_decay=0.0,
                                 rounds=sft["plan"]["muon_rounds"],
@@ -445,7 +467,7 @@ def run_rl(*, run: str = "", tasks: list[str] = ["word_problem", "letters"], exa
                         keep=keep, best=("pass@1", max),
                         source=lambda step: question_sources(practice, questions_of(
                             step, rounds * prompts_per_step, len(practice), seed)),
-                        steps=steps or max(1, len(practice) // prompts_per_step),
+                        steps=steps,
                         recipe=recipe(p, **made_by),
                         meta={"config": sft["config"], "plan": sft["plan"]} | made_by)
     practise(loop, engine, tokenizer, practice, held, old, p)

@@ -539,7 +539,7 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
     chars = p["train_chars"] * p["chat_fraction"]
-    enough = min(MOST_CHATS, ceil(chars / 40))             # they have 90 characters and more
+    enough = min(MOST_CHATS, ceil(chars / 40))             # 90 each and more, on average
     chats = _chats(p["conversations"], "train", mixture=p["mixture"], seed=p["seed"], limit=enough)
     tokenizer = Tokenizer.train(training_texts(source, chats, p["train_chars"], p["chat_fraction"]),
                                 p["vocab_size"], pattern=split_pattern(p["digits"]))

@@ -257,6 +257,7 @@ BAD = [
     (["laptop", "--set", "rl.tasks=[word_problm]"], "did you mean 'word_problem'"),
     (["laptop", "--set", "sft.mixture={gsm8k: 1}"], "set sft.data"),
     (["laptop", "--set", "rl.replay=4", "--set", "sft.mixture={fact: 1}"], "sft.mixture has none of word_problem"),
+    (["laptop", "--set", "rl.reminders=4", "--set", "sft.mixture={word_problem: 1}"], "sft.mixture has nothing else"),
     (["laptop", "--set", "eval.data=nowhere"], "no folder nowhere"),
     (["laptop", "--text", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["laptop", "--run", "a b"], "letters, digits"),

@@ -24,7 +24,7 @@ BASE = dict(depth=1, head_dim=32, sequence_len=192, total_batch_tokens=768, step
             lr_scale=0.3)      # gentle: at full rates a run this small turns 1e-7 of rounding into 1e-4 within six steps
 SFT = dict(mixture={"identity": 2.0, "letters": 1.5, "choice": 1.0}, examples=12, steps=6, eval_every=2,
            eval_examples=4, save_every=2, keep=10, dtype="float32", device="cpu")
-RL = dict(tasks=["choice", "letters"], examples=12, replay=3, recall=3, prompts_per_step=4, samples_per_prompt=4, steps=5, max_new_tokens=8,
+RL = dict(tasks=["choice", "letters"], examples=12, replay=3, reminders=2, recall=3, prompts_per_step=4, samples_per_prompt=4, steps=5, max_new_tokens=8,
           eval_prompts=4, eval_samples=2, eval_every=2, save_every=2, keep=10, dtype="float32", device="cpu")
 STAGES = {"base": (pretraining.run_base, BASE, pretraining), "sft": (sft.run_sft, SFT, sft), "rl": (rl.run_rl, RL, rl)}
 TIMINGS = {"seconds", "tokens_per_second"}
@@ -278,6 +278,7 @@ def test_bad_parameters_of_fine_tuning(whole, tmp_path, change, message):
 @pytest.mark.parametrize("change, message", [
     (dict(tasks=["leters"]), "letters"), (dict(tasks=[]), "at least one task"), (dict(samples_per_prompt=1), "samples_per_prompt"),
     (dict(advantage="best"), "advantage"), (dict(steps=-1), "steps"), (dict(replay=-1), "replay"), (dict(recall=-1), "recall"),
+    (dict(reminders=-1), "reminders"), (dict(tasks=["choice", "letters", "identity"]), "nothing beside choice, letters, identity"),
     (dict(tasks=["word_problem"], replay=1), "no solutions of word_problem"), (dict(eval_prompts=0), "eval_prompts")])
 def test_bad_parameters_of_rl(whole, tmp_path, change, message):
     folder = copy_before(whole, "rl", tmp_path)
@@ -398,7 +399,7 @@ def test_silent_groups_are_replaced(monkeypatch, signals, asked):
     monkeypatch.setattr(rl, "learn_from", lambda loop, groups, *_: learned.extend(groups))
     p = dict(rounds=3, replay=0, recall=0, prompts_per_step=4, seed=0, samples_per_prompt=2, max_new_tokens=8, temperature=1.0, top_k=0, advantage="mean")
     model = SimpleNamespace(config=SimpleNamespace(sequence_len=8))
-    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5, model=model, memory={}), None, None, list(range(100)), [], p)
+    rl.practise_step(SimpleNamespace(rt=start_runtime("cpu", "float32"), step=5, model=model, memory={}), None, None, list(range(100)), {}, p)
     assert len(seen) == asked and len(learned) == 4 * asked
     assert len({question for batch in seen for question, _ in batch}) == len({seed for batch in seen for _, seed in batch}) == 4 * asked
 
