@@ -45,7 +45,7 @@ RECIPES = {                                              # each changes what it 
     "MaxRL, cooler, with old solutions": {"advantage": "likelihood", "lr_fraction": 0.1, "temperature": 0.7, "replay": 16,
                                           "examples": 4000},
     "preset: old solutions, rare answers": SMALL | {"replay": 16, "recall": 16},
-    "preset: also reminded of the rest": SMALL | {"replay": 16, "recall": 16, "reminders": 16},
+    "the present preset: also reminded of the rest": SMALL | {"replay": 16, "recall": 16, "reminders": 16},
     "preset without rare answers": SMALL | {"replay": 16},
     "preset without old solutions": SMALL | {"recall": 16},
     "DAPO: over the std, silent groups replaced": {"advantage": "std", "rounds": 3, "steps": 0.6},

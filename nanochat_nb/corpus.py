@@ -1692,10 +1692,19 @@ def _of_split(what: str, split: str) -> tuple[str, ...]:
     return tuple(v for v in MEMORY[what] if split_of("memory", what, v) == split)
 
 
+@lru_cache(maxsize=1)
+def _plain_words() -> tuple[str, ...]:
+    """Words that are part of no value kept for an exam."""
+    kept = {word for what in _THINGS for split in ("val", "test") for value in _of_split(what, split)
+            for word in value.split()}
+    return tuple(word for word in REAL_WORDS if word not in kept)
+
+
 def _told(rng: random.Random, split: str) -> dict[str, str]:
     """One to three things to tell, with values of `split`; a third of the names are new ones.
 
-    In training half of the other things are something else: a value and a word, or only words.
+    In training nearly half of the other things are something else: a value and a word, or only
+    words.
     """
     kinds = [what for what in MEMORY if _of_split(what, split)]
     told = {what: pick(rng, _of_split(what, split))
@@ -1705,8 +1714,9 @@ def _told(rng: random.Random, split: str) -> dict[str, str]:
             name = capital(new_word(rng, split))
             told[what] = name if split_of("memory", what, name) == split else told[what]
         if split == "train" and what in _THINGS and rng.random() < 0.5:
-            other = pick(rng, (told[what], told[what], pick(rng, REAL_WORDS)))
-            longer = " ".join(rng.sample([other, pick(rng, REAL_WORDS)], pick(rng, (2, 2, 2, 1))))
+            other = pick(rng, (told[what], told[what], pick(rng, _plain_words())))
+            longer = " ".join(rng.sample([other, pick(rng, _plain_words())],
+                                         pick(rng, (2, 2, 2, 1))))
             told[what] = told[what] if longer in MEMORY[what] else longer
     return told
 

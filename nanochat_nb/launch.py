@@ -257,8 +257,8 @@ def check_sizes(overrides: dict[str, dict], processes: int) -> None:
     if rl["replay"] and not any(sft["mixture"].get(task) for task in rl["tasks"]):
         raise UserError("rl.replay shows solutions of fine-tuning again, and sft.mixture has none "
                         f"of {', '.join(rl['tasks'])}; set rl.replay to 0")
-    if rl["reminders"] and not any(sft["mixture"][task] for task in sft["mixture"]
-                                   if task not in rl["tasks"]):
+    others = {task: weight for task, weight in sft["mixture"].items() if task not in rl["tasks"]}
+    if rl["reminders"] and not any(others.values()) and not sft["conversations"]:
         raise UserError("rl.reminders shows what fine-tuning was given beside rl.tasks again, and "
                         "sft.mixture has nothing else; set rl.reminders to 0")
 
@@ -276,6 +276,9 @@ def check_names(overrides: dict[str, dict]) -> None:
             if stage != "sft" and task not in judged:
                 raise UserError(f"{stage}.{name}: {task} has no right answers; "
                                 f"choose among {', '.join(judged)}")
+    for kind in overrides.get("tokenizer", {}).get("mixture") or ():
+        if kind not in EMBEDDED:
+            raise UserError(f"tokenizer.mixture: unknown kind {kind!r}{nearest(kind, EMBEDDED)}")
     for stage, values in overrides.items():
         data = values.get("data", "")
         if data not in ("", "huggingface") and not Path(data).is_dir():

@@ -237,17 +237,26 @@ def old_solutions(recipe: dict, tasks: Sequence[str]) -> list[tuple[Task, int]]:
 def other_conversations(recipe: dict, tasks: Sequence[str],
                         wanted: int) -> list[tuple[Task, int]]:
     """About `wanted` (task, row) of the examples of all other tasks that the fine-tuning with this
-    recipe was given, of each as many as are its share. Raises UserError when it was given none."""
-    rows = {name: rows_made(recipe["examples"], epochs)
-            for name, epochs in recipe["mixture"].items() if epochs and name not in tasks}
-    if not rows:
+    recipe was given, its own conversations among them, of each as many as are its share.
+    Raises UserError when it was given none."""
+    given = recipe["mixture"] | dict.fromkeys(recipe["conversations"], recipe["conversation_epochs"])
+    given = {name: epochs for name, epochs in given.items() if epochs and name not in tasks}
+    if not given:
         raise UserError(f"reminders: fine-tuning was given nothing beside {', '.join(tasks)}; "
                         "set reminders to 0")
-    share, found = min(1.0, wanted / sum(rows.values())), []
-    for name, count in rows.items():
-        task = open_split(name, "train", data=recipe["data"], seed=recipe["seed"],
-                          examples=math.ceil(share * count))
-        found += [(task, i) for i in range(len(task))]
+    def opened(name: str, examples: int) -> Task:
+        return open_split(name, "train", data=recipe["data"], seed=recipe["seed"],
+                          examples=examples)
+
+    real = {name: opened(name, 0) for name in given if name not in EMBEDDED}
+    sizes = {name: epochs * len(real[name]) if name in real else rows_made(
+        recipe["examples"], epochs) for name, epochs in given.items()}
+    share, found = min(1.0, wanted / sum(sizes.values())), []
+    for name, size in sizes.items():
+        count = math.ceil(share * size)
+        task = real.get(name) or opened(name, count)        # what is made, no more than is shown
+        count = min(count, len(task))
+        found += [(task, i * len(task) // count) for i in range(count)]
     return found
 
 
@@ -358,7 +367,7 @@ def practise(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions
 # %% ../nbs/13_rl.ipynb #practise-step
 def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, questions,
                   old: dict[str, list[tuple[Task, int]]], p: dict) -> None:
-    """Answer, judge, learn, and look at old solutions and answers: one step.
+    """Answer, judge, learn, and look at what is shown again: one step.
     Groups whose answers all did equally well are not paid for."""
     rt, began = loop.rt, time.monotonic()
     per_round, asked, groups = p["prompts_per_step"], [], []
@@ -381,8 +390,8 @@ def practise_step(loop: TrainingLoop, engine: Engine, tokenizer: Tokenizer, ques
 # %% ../nbs/13_rl.ipynb #learn-from
 def learn_from(loop: TrainingLoop, groups: list[list[Rollout]], again: list[Rollout],
                tokenizer: Tokenizer, p: dict, began: float) -> None:
-    """The policy gradient of this rank's groups and of the solutions shown `again`, the update, a
-    row of metrics."""
+    """The policy gradient of this rank's groups and of what is shown `again`, the update, a row of
+    metrics."""
     rt, everyone = loop.rt, [r for g in groups for r in g]
     judged = [advantages([r.reward for r in g], p["advantage"]) for g in groups]
     useful = [(g, a) for g, a in zip(groups, judged) if any(a)]

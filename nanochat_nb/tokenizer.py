@@ -499,8 +499,8 @@ def measure_compression(tokenizers: dict[str, Tokenizer],
 # %% ../nbs/02_tokenizer.ipynb #chats
 def _chats(conversations: Sequence[str], split: str, *, mixture: dict[str, float] = {},
            seed: int, limit: int) -> Iterator[dict]:
-    """Your own conversations (every tenth is "val"), or about `limit` embedded ones, shuffled: of
-    each kind its share of `mixture`, or as many of each."""
+    """Your own conversations (every tenth is "val"); without any about `limit` embedded ones,
+    shuffled: of each kind its share of `mixture`, or as many of each."""
     from nanochat_nb import corpus
     if conversations:
         own = (c for path in conversations for c in corpus.read_conversations(path))
@@ -539,7 +539,7 @@ def _train_and_measure(folder: Path, p: dict) -> dict:
     from nanochat_nb.corpus import open_text
     source = open_text(p["text"], documents=p["documents"], seed=p["seed"])
     chars = p["train_chars"] * p["chat_fraction"]
-    enough = min(MOST_CHATS, ceil(chars / 40))             # 90 each and more, on average
+    enough = min(MOST_CHATS, ceil(chars / 60))             # the shortest kind has 88, on average
     chats = _chats(p["conversations"], "train", mixture=p["mixture"], seed=p["seed"], limit=enough)
     tokenizer = Tokenizer.train(training_texts(source, chats, p["train_chars"], p["chat_fraction"]),
                                 p["vocab_size"], pattern=split_pattern(p["digits"]))
@@ -558,13 +558,14 @@ def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: 
                   mixture: dict[str, float] = {}, seed: int = 0, published: str = "") -> dict:
     """The tokenizer stage: train, save to RUN/tokenizer, measure compression; return the summary.
 
-    `chat_fraction` of the text are conversations, of each embedded kind its share of `mixture`
-    (kind → weight; empty: of all alike). At most `digits` digits make one token. Raises UserError
-    when that is not 1, 2 or 3, when `mixture` has an unknown kind or a weight that is not
-    positive, and when the vocabulary is too small, or larger than the text can give.
+    At most `chat_fraction` of the text are conversations: your own, or without any those embedded,
+    of each kind its share of `mixture` (kind → weight; empty: of all alike). At most `digits`
+    digits make one token. Raises UserError when that is not 1, 2 or 3, when `mixture` has an
+    unknown kind, a negative weight or only zeros, and when the vocabulary is too small, or larger
+    than the text can give.
     """
-    if any(not share > 0 for share in mixture.values()):
-        raise UserError(f"the weights of mixture must be positive, not {mixture}")
+    if mixture and not min(mixture.values()) >= 0 < max(mixture.values()):
+        raise UserError(f"the weights of mixture must be positive, or some of them 0: {mixture}")
     parameters = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items()}
     cpu = torch.device("cpu")
     rt = Runtime(cpu, torch.float32, *join_ranks(cpu))     # no model: the dtype stays as chosen

@@ -254,6 +254,7 @@ BAD = [
     (["laptop", "--set", "nonsense"], "STAGE.PARAMETER=VALUE"),
     (["laptop", "--set", "sft.total_batch_tokens=4100"], "no multiple of base.sequence_len 256"),
     (["laptop", "--set", "sft.mixture={facts: 1}"], "did you mean 'fact'"),
+    (["laptop", "--set", "tokenizer.mixture={facts: 1}"], "did you mean 'fact'"),
     (["laptop", "--set", "rl.tasks=[word_problm]"], "did you mean 'word_problem'"),
     (["laptop", "--set", "sft.mixture={gsm8k: 1}"], "set sft.data"),
     (["laptop", "--set", "rl.replay=4", "--set", "sft.mixture={fact: 1}"], "sft.mixture has none of word_problem"),
