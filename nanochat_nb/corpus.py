@@ -1691,12 +1691,12 @@ _THINGS = ("food", "colour", "animal", "job", "hobby")
 def _of_split(what: str, split: str) -> tuple[str, ...]:
     return tuple(v for v in MEMORY[what] if split_of("memory", what, v) == split)
 
-
+# %% ../nbs/01_corpus.ipynb #told-in-chat
 @lru_cache(maxsize=1)
 def _plain_words() -> tuple[str, ...]:
     """Words that are part of no value kept for an exam."""
-    kept = {word for what in _THINGS for split in ("val", "test") for value in _of_split(what, split)
-            for word in value.split()}
+    kept = {word for what in _THINGS for split in ("val", "test")
+            for value in _of_split(what, split) for word in value.split()}
     return tuple(word for word in REAL_WORDS if word not in kept)
 
 
@@ -1720,7 +1720,7 @@ def _told(rng: random.Random, split: str) -> dict[str, str]:
             told[what] = told[what] if longer in MEMORY[what] else longer
     return told
 
-
+# %% ../nbs/01_corpus.ipynb #joined
 def _joined(tells: list[str], rng: random.Random) -> str:
     """Sentences as somebody says them in one breath."""
     out = tells[0]

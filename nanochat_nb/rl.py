@@ -244,6 +244,7 @@ def other_conversations(recipe: dict, tasks: Sequence[str],
     if not given:
         raise UserError(f"reminders: fine-tuning was given nothing beside {', '.join(tasks)}; "
                         "set reminders to 0")
+
     def opened(name: str, examples: int) -> Task:
         return open_split(name, "train", data=recipe["data"], seed=recipe["seed"],
                           examples=examples)
