@@ -483,8 +483,8 @@ class SquaredReLU(torch.autograd.Function):
 
 
 class WideSquare(torch.autograd.Function):
-    """relu(x @ up.T)² @ down.T. Keeps the positive part and squares it once more on the way back:
-    one trip over memory, for a quarter of what a layer would keep."""
+    """relu(x @ up.T)² @ down.T. Keeps the positive part alone and squares it once more on the way
+    back: one more trip over memory, and half as much is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
