@@ -565,7 +565,7 @@ def evaluate_core(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenizer,
 
     Returns `{"tasks": {name: {"accuracy", "centered", "stderr", "n"}}, "core", "partial",
     "missing", "records", "tokens"}`: `core` is None unless all 22 ran; `partial` is the mean over
-    those that did; `missing` names absent files; `records` has a verdict per row.
+    those that did; `missing` names absent and empty files; `records` has a verdict per row.
     Raises UserError for an unknown task or a folder that is no bundle.
     """
     listed, chance = read_core(folder)
@@ -576,10 +576,10 @@ def evaluate_core(model: GPT | HubModel, tokenizer: Tokenizer | HubTokenizer,
     wanted = [t for t in listed if not tasks or t.label in tasks]
     for task in progress(wanted, what="CORE", show=show):
         path = Path(folder) / "eval_data" / task.file
-        if not path.exists():
+        rows = core_rows(path, max_per_task) if path.exists() else []
+        if not rows:
             missing[task.label] = task.file
             continue
-        rows = core_rows(path, max_per_task)
         verdicts, read = evaluate_core_task(model, tokenizer, task, rows, batch_tokens=batch_tokens,
                                             rt=rt)
         accuracy = sum(verdicts) / len(verdicts)
@@ -747,7 +747,10 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: Task, *, max_new_token
     Rows are striped over the ranks of `rt`; every rank returns the same. Keys: accuracy, stderr, n,
     chance, constant, ngram (None without a model), ngram_tokens (what that one has read), topics,
     kind, source, tokens, records (index, topic, prompt, completion, reference, correct).
+    Raises UserError for a task without rows.
     """
+    if not len(task):
+        raise UserError(f"{task.name} has no questions, so it has no score")
     rt = rt or Runtime(model.device, model.dtype)
     mine = list(range(rt.rank, len(task), rt.world_size))
     rows = [task[i] for i in mine]
@@ -903,9 +906,12 @@ def open_tasks(names: Sequence[str], data: str, limit: int,
             continue
         for split in ("test", "val") if name == "mmlu" else ("test",):
             try:
-                opened.append(open_task(name, split, data=data, limit=limit or None, seed=seed))
-                skipped.pop(name, None)
-                break
+                task = open_task(name, split, data=data, limit=limit or None, seed=seed)
+                if len(task):
+                    opened.append(task)
+                    skipped.pop(name, None)
+                    break
+                skipped[name] = "its file holds no questions"
             except UserError as error:                       # nothing there, or no network
                 if not isinstance(error, DataMissing) and data != "huggingface":
                     raise                                    # a file of the user's that is damaged
@@ -974,7 +980,7 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict,
     return out | {
         "tasks": result["tasks"], "core": result, "tokens": result["tokens"],
         "metrics": {name: result["partial"]} if result["tasks"] else {},
-        "skipped": {f"core: {label}": "no file in core/eval_data" for label in result["missing"]}
+        "skipped": {f"core: {label}": "no file in core/eval_data, or an empty one" for label in result["missing"]}
     }
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-chat
@@ -1124,7 +1130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{'core' if result['core'] is not None else 'core_partial':30} "
               f"{result['partial']:7.4f}")
     if result["missing"]:
-        print(f"NOT EVALUATED: {', '.join(result['missing'])} (no file in eval_data)")
+        print(f"NOT EVALUATED: {', '.join(result['missing'])} (no file, or an empty one, in eval_data)")
 
 
 if __name__ == "__main__" and __spec__ is not None:

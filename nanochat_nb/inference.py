@@ -476,7 +476,8 @@ class Engine:
 
     At most `max_batch` answers are written at the same time, others wait; a prompt and its answer
     have at most `max_len` tokens together (default: the model's `sequence_len`). Not thread-safe:
-    one thread owns an engine. When the model's weights change, the next call uses the new ones.
+    one thread owns an engine. When the model's weights change while it is not `busy`, the next call
+    uses the new ones; `refresh` says what it cannot see.
     With `int8` it generates with an `int8_copy`.
     """
 
@@ -514,7 +515,7 @@ class Engine:
 @patch_to(Engine)
 def refresh(self) -> None:
     """Take over the model's weights if they changed. Cast once to the compute dtype, not at
-    every step."""
+    every step. What is written through `.data` PyTorch does not count, so it is not seen here."""
     weights = [(id(p), p._version) for p in self.source.parameters()]
     if weights != self._weights:
         self._take_weights()
@@ -556,7 +557,7 @@ def submit(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: flo
     or a dial that cannot work.
     """
     dial = Dial(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p)
-    stop = [stop] if isinstance(stop, str) else list(stop)
+    stop = [stop] if isinstance(stop, (str, int)) else list(stop)
     return _submit(self, prompt, max_new_tokens, dial, stop, logprobs, seed, check_tools(tools),
                    sample)
 
@@ -634,6 +635,10 @@ def _check_request(engine: Engine, prompt: tuple[int, ...], max_new_tokens: int,
     if not 0 <= min(prompt) <= max(prompt) < size:
         raise UserError(f"a token id of the prompt is outside the vocabulary of {size}: "
                         "made by another tokenizer?")
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", dial.top_k),
+                        ("logprobs", logprobs or 0)):
+        if not isinstance(value, int):
+            raise UserError(f"{name}={value!r} must be a whole number")
     if (max_new_tokens < 1 or not 0 <= dial.temperature < float("inf") or dial.top_k < 0
             or not 0 < dial.top_p <= 1 or not 0 <= dial.min_p <= 1):
         raise UserError("need max_new_tokens >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1 "
@@ -1545,12 +1550,15 @@ def _run_until_done(engine: Engine, ours: list[Request]) -> None:
 
 
 def _stream(engine: Engine, prompt: Sequence[int], options: dict) -> Iterator[int]:
-    number, event = engine.submit(prompt, **options), None
+    number, given = engine.submit(prompt, **options), 0
+    request = engine.waiting[-1]
     try:
-        while event is None or event.finish_reason is None:
-            _advance(engine)
-            event = engine._events.pop(number, None)
-            yield from event.ids if event else ()
+        while given < len(request.ids) or request.finish_reason is None:
+            if given == len(request.ids):        # others may have stepped since the last token
+                _advance(engine)
+            new = request.ids[given:]
+            given += len(new)
+            yield from new
     finally:
         engine.cancel(number)
         engine._events.pop(number, None)
@@ -1694,7 +1702,11 @@ def _prompt(engine: Engine, stage: str, history: list[dict], room: int) -> list[
     """The ids to continue: a conversation, or for a base model just the last text."""
     tokenizer = engine.tokenizer
     if stage == "base":
-        return tokenizer.encode(history[-1]["content"], prepend="<|bos|>")[-room:]
+        ids = tokenizer.encode(history[-1]["content"], prepend="<|bos|>")
+        if len(ids) > room:
+            print(f"(the text's first {len(ids) - room} tokens no longer fit)", file=sys.stderr)
+            ids = [ids[0], *ids[len(ids) - room + 1:]]
+        return ids
     ids, dropped = chat_prompt(tokenizer, history, max_len=room)
     if dropped:
         print(f"(the oldest {dropped} turns no longer fit and are forgotten)", file=sys.stderr)

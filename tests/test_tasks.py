@@ -146,6 +146,9 @@ def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch, tmp_p
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="line 1: not JSON"):
         open_tasks(["fact", "gsm8k"], str(tmp_path), 5, 0)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("")
+    opened, skipped = open_tasks(["fact", "gsm8k"], str(tmp_path), 5, 0)
+    assert [task.name for task in opened] == ["fact"] and "gsm8k" in skipped
 
 
 def test_nothing_trains_on_an_exam(tmp_path):
