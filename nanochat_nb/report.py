@@ -28,16 +28,16 @@ from .tasks import EMBEDDED, REAL
 
 # %% auto #0
 __all__ = ['STAGES', 'COSTS', 'WATTS', 'OTHER_GPU', 'CPU_CORE', 'SOURCES', 'GPT2_TASKS', 'GPT2_SOURCE', 'GPT2', 'NANOCHAT_SOURCE',
-           'NANOCHAT', 'TITLES', 'HEADLINES', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT', 'BOTTOM', 'TOP',
-           'LEGEND', 'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha', 'gpu_names',
-           'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs', 'headline',
-           'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note', 'topic_rows',
-           'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable', 'compression_part',
-           'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports', 'environment_rows',
-           'differences', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart', 'svg_line',
-           'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves', 'html_table',
-           'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section', 'topics_html',
-           'stage_rows', 'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
+           'NANOCHAT', 'TITLES', 'HEADLINES', 'TOPICS', 'TOOL_CALL', 'NO_ERROR_KNOWN', 'WIDTH', 'HEIGHT', 'LEFT',
+           'BOTTOM', 'TOP', 'LEGEND', 'RANKED_BY', 'read_json', 'stage_entry', 'collect', 'cpu_model', 'git_sha',
+           'gpu_names', 'this_machine', 'notes', 'environment', 'preset_name', 'cost', 'total_cost', 'other_runs',
+           'headline', 'number', 'duration', 'table', 'title', 'percent', 'task_names', 'task_rows', 'baseline_note',
+           'topic_rows', 'loud', 'core_table', 'text_line', 'core_line', 'markdown', 'tokenizers', 'readable',
+           'compression_part', 'sample_parts', 'quoted', 'headline_errors', 'clear_winner', 'compare_reports',
+           'environment_rows', 'differences', 'compare', 'ticks', 'tick_label', 'tag', 'legend', 'thin', 'line_chart',
+           'svg_line', 'svg_text', 'svg_curve', 'mark', 'bar', 'last_score', 'one_task', 'task_bars', 'curves',
+           'html_table', 'bubble', 'conversations_html', 'energy', 'cards', 'core_section', 'compression_section',
+           'topics_html', 'stage_rows', 'machine', 'leaderboard', 'sources', 'page', 'miniature', 'run_report', 'main']
 
 # %% ../nbs/14_report.ipynb #read-json
 STAGES = ("tokenizer", "base", "sft", "rl")
@@ -321,6 +321,9 @@ def baseline_note(report: dict) -> str:
             f"given to every question alike.{ngram}{base}")
 
 # %% ../nbs/14_report.ipynb #topic-rows
+TOPICS = {"1 steps": "1 step", "x": "of a number", "text": "of a text", "numbers": "of numbers"}
+
+
 def topic_rows(report: dict) -> list[list[str]]:
     """Per topic of the tasks that have up to eight of them:
     sft and rl in percent, and the number of questions."""
@@ -330,7 +333,7 @@ def topic_rows(report: dict) -> list[list[str]]:
                  for stage in ("sft", "rl")]
         topics = list(dict.fromkeys(t for f in found for t in f))
         if len(topics) <= 8:
-            rows += [[f"{title(name)}: {t}",
+            rows += [[f"{title(name)}: {TOPICS.get(t, t)}",
                       *(percent(f[t]["accuracy"]) if t in f else "–" for f in found),
                       str(next(f[t]["n"] for f in found if t in f))] for t in topics]
     return rows
@@ -521,6 +524,8 @@ def environment_rows(report: dict) -> list[list[str]]:
     found = dict(report["environment"])
     if found.get("memory_bytes"):
         found["memory"] = f"{found.pop('memory_bytes') / 2**30:.1f} GiB"
+    if found.get("git"):
+        found["git"] = found["git"][:12] + found["git"][40:]      # and "+" for changed files
     return [[k, ", ".join(v) or "none" if isinstance(v, list) else str(v)]
             for k, v in found.items()]
 
@@ -616,12 +621,12 @@ def line_chart(title: str, curves: dict[str, Sequence[tuple[float, float]]], *, 
     xs, ys = ([p[k] for points in curves.values() for p in points] for k in (0, 1))
     low, high = min(ys + [0.0] * zero), max(ys)
     high = high if high > low else low + 1
-    px = lambda v: LEFT + (v - min(xs)) / ((max(xs) - min(xs)) or 1) * (WIDTH - LEFT - 8)
+    px = lambda v: LEFT + v / (max(xs) or 1) * (WIDTH - LEFT - 8)       # from step 0, as all charts
     py = lambda v: HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
     grid = [svg_line(py(t)) + svg_text(LEFT - 6, py(t) + 4, tick_label(t), "end")
             for t in ticks(low, high, 4)]
     grid += [
-        svg_text(px(t), HEIGHT - 16, tick_label(t), "middle") for t in ticks(min(xs), max(xs), 4)
+        svg_text(px(t), HEIGHT - 16, tick_label(t), "middle") for t in ticks(0, max(xs), 4)
     ]
     lines = [svg_curve([(px(a), py(b)) for a, b in points], i % 6)
              for i, points in enumerate(curves.values())]
@@ -664,7 +669,7 @@ def bar(label: str, colour: int, score: dict) -> str:
     low, high = (min(1.0, max(0.0, v)) for v in (a - se, a + se))
     track = [tag("b", cls=f"b{colour}", style=f"width:{100 * min(1.0, max(0.0, a)):.1f}%"),
              tag("em", style=f"left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%")]
-    track += [mark(kind, score.get(kind) or None) for kind in ("chance", "constant", "ngram")]
+    track += [mark(kind, score.get(kind) or None) for kind in ("chance", "ngram", "constant")]
     words = f"{percent(a)} ± {percent(se)}" if se else percent(a)
     return tag("div", tag("span", html.escape(label)), tag("div", *track, cls="track"),
                tag("span", words), cls="bar")
@@ -840,7 +845,7 @@ def leaderboard(report: dict, others: dict[str, dict]) -> str:
     """All runs of the folder, one row each, the best first: by the mean over the chat tasks, public
     ones before embedded ones, then by CORE."""
     if not others:
-        return tag("p", "There are none yet.")
+        return tag("p", "No other run is in this folder yet.")
     mine = report["run"] + " (this one)"
     heads = {name: headline(r) for name, r in ({mine: report} | others).items()}
     keys = list(dict.fromkeys(k for head in heads.values() for k in head))
@@ -852,10 +857,11 @@ def leaderboard(report: dict, others: dict[str, dict]) -> str:
 
 # %% ../nbs/14_report.ipynb #sources-html
 def sources() -> str:
-    """Where the published figures come from."""
+    """Where published figures come from: those that stand above, and those to compare with."""
     links = (tag("p", f"{name}: ", tag("a", url, href=url)) for name, url in SOURCES.items())
-    return "".join((*(tag("p",
-                          html.escape(s) + ".") for s in (GPT2_SOURCE, NANOCHAT_SOURCE)), *links))
+    told = (tag("p", html.escape(s) + ".") for s in (GPT2_SOURCE, NANOCHAT_SOURCE))
+    return "".join((tag("p", "Published figures, shown above where this run was asked the same:"),
+                    *told, *links))
 
 # %% ../nbs/14_report.ipynb #page
 def page(report: dict, others: dict[str, dict], folder: Path) -> str:
