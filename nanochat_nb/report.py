@@ -509,7 +509,9 @@ def compare_reports(reports: dict[str, dict]) -> str:
         best = clear_winner(values, errors)
         words = [_with_error(key, v, e) for v, e in zip(values, errors)]
         rows.append([title(key), *(w + "*" * (i == best) for i, w in enumerate(words))])
-    return table(["", *heads], rows)
+    star = any(word.endswith("*") for row in rows for word in row[1:])
+    told = "\n\n`*`: the best of its row by more than two standard errors of the difference."
+    return table(["", *heads], rows) + told * star
 
 
 def _with_error(key: str, value: float | None, error: float) -> str:
