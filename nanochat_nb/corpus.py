@@ -19,6 +19,7 @@ import tomllib
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,19 +33,19 @@ from .runtime import UserError, file_hash, nearest, seed_of
 # %% auto #0
 __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 'THING_STARTS', 'THING_ENDS', 'EVENTS', 'MONTHS',
            'COLOURS', 'FOODS', 'JOBS', 'HOBBIES', 'INSTRUMENTS', 'SPECIES', 'COATS', 'TREATS', 'TRICKS', 'BEDS',
-           'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
-           'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK',
-           'FAREWELLS', 'ITEMS', 'CONTAINERS', 'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'SAID',
-           'UNSAID', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS',
-           'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World',
-           'get_world', 'say', 'pick', 'story_lines', 'told', 'story', 'text_split', 'article', 'dialogue',
-           'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem',
-           'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic', 'invented_word', 'new_word',
-           'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code', 'turns', 'message_text',
-           'plainly', 'talk', 'practice', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation',
-           'as_text', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents', 'FileText',
-           'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText',
-           'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
+           'UNFIT', 'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'MADE_OF', 'WONDERS', 'CAUSES',
+           'CUSTOMS', 'Wordings', 'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'ARTICLE_STYLES',
+           'GREETINGS', 'SMALL_TALK', 'FAREWELLS', 'ITEMS', 'CONTAINERS', 'GAINS', 'LOSSES', 'GUESTS', 'ASIDES',
+           'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
+           'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS',
+           'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'story_lines', 'told', 'story',
+           'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices',
+           'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic',
+           'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
+           'turns', 'message_text', 'plainly', 'talk', 'practice', 'fillers', 'ways', 'lines_of', 'conversations',
+           'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents',
+           'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder',
+           'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -183,6 +184,13 @@ TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, coun
 BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the
     door, in the garden shed, by the window, under the stairs, in a hat box, on a pile of hay,
     in the kitchen""")
+# what some kinds of animal cannot do, and where they do not fit: value → species
+_BIG = _list("goat, horse, sheep, donkey, pony, pig")
+_SLOW = _list("duck, hen, goose, hedgehog, tortoise")
+UNFIT = dict.fromkeys(_list("""under the stove, in a basket, on the roof, on a cushion, behind the
+    door, under the stairs, in a hat box, in the kitchen"""), _BIG)
+UNFIT |= {"climb ladders": _BIG + _SLOW, "jump over fences": _SLOW, "on the roof": _BIG + _SLOW,
+          "catch a ball": ("tortoise",), "chase leaves": ("tortoise",)}
 
 # %% ../nbs/01_corpus.ipynb #regions
 REGIONS = _list("""the northern hills, the southern plains, the eastern bays, the western
@@ -196,7 +204,13 @@ LANDMARKS = _list("""an old lighthouse, a stone bridge, a tall clock tower, a ro
     great library, a painted gate, a hedge maze, a salt mine""")
 MATERIALS = _list("""oak, copper, silver, glass, clay, silk, iron, tin, leather, paper, willow,
     stone, brass, bone""")
-WONDERS = _list("""glows before a storm, never gets lost, sings at dawn, turns cold when someone
+# what a thing is made of where a word of its name says it; soft things are for these only
+_SOFT = _list("silk, leather, paper")
+MADE_OF = {"Brass": ("brass",), "Crystal": ("glass",), "Ivory": ("bone",), "Rusty": ("iron",),
+           "Mossy": ("stone", "oak"), "Woven": ("willow",), "Quilt": ("silk", "leather"),
+           "Rope": ("silk", "leather"), "Saddle": ("leather",), "Umbrella": _SOFT, "Book": _SOFT,
+           "Map": _SOFT, "Kite": ("silk", "paper")}
+WONDERS = _list("""glows before a storm, rings before snow, sings at dawn, turns cold when someone
     lies, grows in the rain, tells the time, floats on water, smells of roses, points to the
     north, cannot be broken, hums at noon, shines in the dark, laughs at jokes, keeps soup warm""")
 CAUSES = _list("""a broken dam, a late spring, a forgotten candle, a lost bet, a strange wind, a
@@ -441,7 +455,8 @@ class World:
 def _draw_facts(world: World, rng: random.Random) -> None:
     """Draw the value of every relation of every entity of `world`."""
     people, towns = [p.name for p in world.people], [t.name for t in world.places]
-    years = [str(y) for y in rng.sample(range(1801, 1980), len(world.events))]
+    order = rng.sample(range(1801, 1980), len(world.events))           # only the order counts:
+    years = [str(1951 + 3 * sorted(order).index(y)) for y in order]    # heroes may still live
     simple = {"food": FOODS, "colour": COLOURS, "hobby": HOBBIES, "instrument": INSTRUMENTS,
               "birthday": MONTHS,
               "job": JOBS, "home": towns, "species": SPECIES, "coat": COATS, "treat": TREATS,
@@ -453,30 +468,57 @@ def _draw_facts(world: World, rng: random.Random) -> None:
               "wonder": WONDERS, "finder": people, "year": years, "hero": people, "cause": CAUSES,
               "custom": CUSTOMS}
 
-    def add(entity, table, relation, value, values, *, key=None, extra=""):
-        key = key or (entity.name, relation)
-        entity.facts[relation] = _make_fact(entity, relation, value, table[relation], values, key,
-                                            extra)
+    tables = {"person": PERSON, "place": PLACE, "thing": THING, "event": EVENT, "animal": ANIMAL}
 
-    for entities, table in ((world.people, PERSON), (world.places, PLACE), (world.things, THING),
-                            (world.events, EVENT),
-                            (world.animals, ANIMAL)):
-        for relation in table:
+    def add(entity, relation, value, *, values=None, key=None, extra=""):
+        entity.facts[relation] = _make_fact(entity, relation, value, tables[entity.kind][relation],
+                                            values or simple[relation],
+                                            key or (entity.name, relation), extra)
+
+    for entities in (world.people, world.places, world.things, world.events, world.animals):
+        for relation in tables[entities[0].kind]:
             if relation in simple:
-                pool = years[:] if relation == "year" else simple[relation]
                 for i, entity in enumerate(entities):
-                    add(entity, table, relation, pool[i] if relation == "year"
-                        else rng.choice(pool), simple[relation])
+                    add(entity, relation, years[i] if relation == "year"
+                        else rng.choice(simple[relation]))
     order = rng.sample(world.people, len(world.people))
     for a, b in zip(order[::2], order[1::2]):  # one content, two directions: one key
         key = ("friends", *sorted((a.name, b.name)))
-        add(a, PERSON, "friend", b.name, people, key=key)
-        add(b, PERSON, "friend", a.name, people, key=key)
+        add(a, "friend", b.name, values=people, key=key)
+        add(b, "friend", a.name, values=people, key=key)
     for animal, owner in zip(world.animals, rng.sample(world.people, len(world.animals))):
         key = ("owner", animal.name)
-        add(animal, ANIMAL, "owner", owner.name, people, key=key)
-        add(owner, PERSON, "pet", animal.name, [a.name for a in world.animals], key=key,
+        add(animal, "owner", owner.name, values=people, key=key)
+        add(owner, "pet", animal.name, values=[a.name for a in world.animals], key=key,
             extra=animal["species"])
+    _settle(world, rng, add, simple)
+
+
+def _settle(world: World, rng: random.Random, add: Callable, simple: dict) -> None:
+    """Draw again what cannot be: a mayor lives in the town, nobody is the hero of two events, and
+    a name or a kind of animal may exclude a value."""
+    for town in world.places:
+        homes = Counter(p["home"] for p in world.people)
+        if not homes[town.name]:                        # somebody moves there from the largest town
+            largest = max(homes, key=homes.get)
+            add(rng.choice([p for p in world.people if p["home"] == largest]), "home", town.name)
+    for town in world.places:
+        add(town, "mayor", rng.choice([p.name for p in world.people if p["home"] == town.name]))
+    for event, hero in zip(world.events, rng.sample(world.people, len(world.events))):
+        add(event, "hero", hero.name)
+    for entity in world.animals + world.things:
+        for relation in ("trick", "bed") if entity.kind == "animal" else ("material",):
+            while not _possible(entity, relation):
+                add(entity, relation, rng.choice(simple[relation]))
+
+
+def _possible(entity: Entity, relation: str) -> bool:
+    """Whether the species or the name of `entity` allows its value of `relation`."""
+    value = entity[relation]
+    if entity.kind == "animal":
+        return entity["species"] not in UNFIT.get(value, ())
+    made_of = [MADE_OF[word] for word in entity.name.split() if word in MADE_OF]
+    return value in made_of[0] if made_of else value not in _SOFT
 
 # %% ../nbs/01_corpus.ipynb #get-world
 @lru_cache(maxsize=4)
@@ -638,11 +680,14 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
 # %% ../nbs/01_corpus.ipynb #story
 def _fits(world: World, plot: dict, hero: Entity, companion: Entity) -> bool:
     """Whether `plot` can be told of these two: neither is the mayor of the hero's town, who has a
-    part of his own, a plot about a pet needs one, and in what must differ they are not alike."""
+    part of his own, a plot about a pet needs one, in what must differ they are not alike, and
+    nobody has a job, a food or an instrument of which the plot would make nonsense."""
     return (hero is not companion
             and world.entity[hero["home"]]["mayor"] not in (hero.name, companion.name)
             and (plot.get("about") != ("pet",) or "pet" in hero.facts)
-            and all(hero[r] != companion[r] for r in plot.get("differ", ())))
+            and all(hero[r] != companion[r] for r in plot.get("differ", ()))
+            and not any(p[r] in plot.get(f"not_{r}", ()) for r in ("job", "food", "instrument")
+                        for p in (hero, companion)))
 
 
 def story(world: World, rng: random.Random, split: str) -> str:
@@ -1101,6 +1146,11 @@ def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...
                                   for step in steps.split(";"))) for question, steps in split)
 
 
+# where something stands that holds things, no horses and no boats: nouns of "bulky"
+_HOLDS = re.compile(r"\b(box|boxes|(bag|basket|jar|sack|crate|drawer|shelf|desk|pile|pocket|tin|"
+                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|shipped|wrap)\b")
+
+
 def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
     """A number for each of a, b, c, d: small where it multiplies or divides."""
     most = rng.choice((30, 100))
@@ -1116,6 +1166,9 @@ def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dic
 def _everyday(rng: random.Random, names: dict) -> Problem:
     """One of the lines of everyday life, with numbers with which every step gives a whole one."""
     question, steps = pick(rng, _everyday_lines())
+    nouns = wordings()["nouns"]
+    while names["things"] in nouns["bulky"] and _HOLDS.search(question):
+        names = names | {"things": pick(rng, nouns["things"])}
     while True:
         values, done = _numbers(steps, rng), []
         for result, (left, op, right) in zip("xyz", steps):
