@@ -1148,7 +1148,7 @@ def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...
 
 # where something stands that holds things, no horses and no boats: nouns of "bulky"
 _HOLDS = re.compile(r"\b(box|boxes|(bag|basket|jar|sack|crate|drawer|shelf|desk|pile|pocket|tin|"
-                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|shipped|wrap)\b")
+                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|raffled|shipped|wrap)\b")
 
 
 def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
