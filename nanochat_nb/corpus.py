@@ -493,7 +493,7 @@ def _draw_facts(world: World, rng: random.Random) -> None:
             extra=animal["species"])
     _settle(world, rng, add, simple)
 
-
+# %% ../nbs/01_corpus.ipynb #settle
 def _settle(world: World, rng: random.Random, add: Callable, simple: dict) -> None:
     """Draw again what cannot be: a mayor lives in the town, nobody is the hero of two events, and
     a name or a kind of animal may exclude a value."""
@@ -1148,7 +1148,8 @@ def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...
 
 # where something stands that holds things, no horses and no boats: nouns of "bulky"
 _HOLDS = re.compile(r"\b(box|boxes|(bag|basket|jar|sack|crate|drawer|shelf|desk|pile|pocket|tin|"
-                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|raffled|shipped|wrap)\b")
+                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|raffled|shipped|"
+                    r"wrap)\b")
 
 
 def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
