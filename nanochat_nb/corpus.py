@@ -19,7 +19,8 @@ import tomllib
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -32,19 +33,19 @@ from .runtime import UserError, file_hash, nearest, seed_of
 # %% auto #0
 __all__ = ['WOMEN', 'MEN', 'SURNAMES', 'TOWN_STARTS', 'TOWN_ENDS', 'PET_NAMES', 'THING_STARTS', 'THING_ENDS', 'EVENTS', 'MONTHS',
            'COLOURS', 'FOODS', 'JOBS', 'HOBBIES', 'INSTRUMENTS', 'SPECIES', 'COATS', 'TREATS', 'TRICKS', 'BEDS',
-           'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'WONDERS', 'CAUSES', 'CUSTOMS', 'Wordings',
-           'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'ARTICLE_STYLES', 'GREETINGS', 'SMALL_TALK',
-           'ITEMS', 'CONTAINERS', 'GAINS', 'LOSSES', 'GUESTS', 'ASIDES', 'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID',
-           'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS', 'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX',
-           'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS', 'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world',
-           'say', 'pick', 'story_lines', 'told', 'story', 'text_split', 'article', 'dialogue', 'render_choice',
-           'render_choice_aloud', 'aloud', 'draw_choices', 'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split',
-           'in_words', 'wordings', 'word_problem', 'arithmetic', 'invented_word', 'new_word', 'spelling_word',
-           'spelling', 'game', 'Function', 'small_function', 'code', 'turns', 'message_text', 'plainly', 'talk',
-           'practice', 'fillers', 'ways', 'lines_of', 'conversations', 'check_conversation', 'as_text', 'transcript',
-           'Document', 'world_document', 'cut_text', 'file_documents', 'FileText', 'find_text_files',
-           'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder', 'HubText', 'WorldText',
-           'TextSource', 'open_text', 'load_hf_rows']
+           'UNFIT', 'REGIONS', 'RIVERS', 'PRODUCTS', 'LANDMARKS', 'MATERIALS', 'MADE_OF', 'WONDERS', 'CAUSES',
+           'CUSTOMS', 'Wordings', 'PERSON', 'ANIMAL', 'PLACE', 'THING', 'EVENT', 'PRONOUNS', 'ARTICLE_STYLES',
+           'GREETINGS', 'SMALL_TALK', 'FAREWELLS', 'ITEMS', 'CONTAINERS', 'GAINS', 'LOSSES', 'GUESTS', 'ASIDES',
+           'PROBLEM_KINDS', 'DRILLS', 'SAID', 'UNSAID', 'REAL_WORDS', 'SPELLINGS', 'EXAMPLE_INPUTS',
+           'CONVERSATION_KINDS', 'MEMORY', 'WRITERS', 'DOCUMENT_MIX', 'TEXT_SUFFIXES', 'HUB_CORPORA', 'HUB_ROWS',
+           'split_of', 'Fact', 'Entity', 'capital', 'World', 'get_world', 'say', 'pick', 'story_lines', 'told', 'story',
+           'text_split', 'article', 'dialogue', 'render_choice', 'render_choice_aloud', 'aloud', 'draw_choices',
+           'in_haste', 'you_mean', 'quiz', 'Problem', 'sum_split', 'in_words', 'wordings', 'word_problem', 'arithmetic',
+           'invented_word', 'new_word', 'spelling_word', 'spelling', 'game', 'Function', 'small_function', 'code',
+           'turns', 'message_text', 'plainly', 'talk', 'practice', 'fillers', 'ways', 'lines_of', 'conversations',
+           'check_conversation', 'as_text', 'transcript', 'Document', 'world_document', 'cut_text', 'file_documents',
+           'FileText', 'find_text_files', 'read_conversations', 'hub_url', 'announced', 'fetch_file', 'data_folder',
+           'HubText', 'WorldText', 'TextSource', 'open_text', 'load_hf_rows']
 
 # %% ../nbs/01_corpus.ipynb #split-of
 def split_of(*key: str | int) -> str:
@@ -183,6 +184,13 @@ TRICKS = _list("""open doors, dance in circles, steal socks, ring the bell, coun
 BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cushion, behind the
     door, in the garden shed, by the window, under the stairs, in a hat box, on a pile of hay,
     in the kitchen""")
+# what some kinds of animal cannot do, and where they do not fit: value → species
+_BIG = _list("goat, horse, sheep, donkey, pony, pig")
+_SLOW = _list("duck, hen, goose, hedgehog, tortoise")
+UNFIT = dict.fromkeys(_list("""under the stove, in a basket, on the roof, on a cushion, behind the
+    door, under the stairs, in a hat box, in the kitchen"""), _BIG)
+UNFIT |= {"climb ladders": _BIG + _SLOW, "jump over fences": _SLOW, "on the roof": _BIG + _SLOW,
+          "catch a ball": ("tortoise",), "chase leaves": ("tortoise",)}
 
 # %% ../nbs/01_corpus.ipynb #regions
 REGIONS = _list("""the northern hills, the southern plains, the eastern bays, the western
@@ -196,7 +204,13 @@ LANDMARKS = _list("""an old lighthouse, a stone bridge, a tall clock tower, a ro
     great library, a painted gate, a hedge maze, a salt mine""")
 MATERIALS = _list("""oak, copper, silver, glass, clay, silk, iron, tin, leather, paper, willow,
     stone, brass, bone""")
-WONDERS = _list("""glows before a storm, never gets lost, sings at dawn, turns cold when someone
+# what a thing is made of where a word of its name says it; soft things are for these only
+_SOFT = _list("silk, leather, paper")
+MADE_OF = {"Brass": ("brass",), "Crystal": ("glass",), "Ivory": ("bone",), "Rusty": ("iron",),
+           "Mossy": ("stone", "oak"), "Woven": ("willow",), "Quilt": ("silk", "leather"),
+           "Rope": ("silk", "leather"), "Saddle": ("leather",), "Umbrella": _SOFT, "Book": _SOFT,
+           "Map": _SOFT, "Kite": ("silk", "paper")}
+WONDERS = _list("""glows before a storm, rings before snow, sings at dawn, turns cold when someone
     lies, grows in the rain, tells the time, floats on water, smells of roses, points to the
     north, cannot be broken, hums at noon, shines in the dark, laughs at jokes, keeps soup warm""")
 CAUSES = _list("""a broken dam, a late spring, a forgotten candle, a lost bet, a strange wind, a
@@ -441,7 +455,8 @@ class World:
 def _draw_facts(world: World, rng: random.Random) -> None:
     """Draw the value of every relation of every entity of `world`."""
     people, towns = [p.name for p in world.people], [t.name for t in world.places]
-    years = [str(y) for y in rng.sample(range(1801, 1980), len(world.events))]
+    order = rng.sample(range(1801, 1980), len(world.events))           # only the order counts:
+    years = [str(1951 + 3 * sorted(order).index(y)) for y in order]    # heroes may still live
     simple = {"food": FOODS, "colour": COLOURS, "hobby": HOBBIES, "instrument": INSTRUMENTS,
               "birthday": MONTHS,
               "job": JOBS, "home": towns, "species": SPECIES, "coat": COATS, "treat": TREATS,
@@ -453,30 +468,57 @@ def _draw_facts(world: World, rng: random.Random) -> None:
               "wonder": WONDERS, "finder": people, "year": years, "hero": people, "cause": CAUSES,
               "custom": CUSTOMS}
 
-    def add(entity, table, relation, value, values, *, key=None, extra=""):
-        key = key or (entity.name, relation)
-        entity.facts[relation] = _make_fact(entity, relation, value, table[relation], values, key,
-                                            extra)
+    tables = {"person": PERSON, "place": PLACE, "thing": THING, "event": EVENT, "animal": ANIMAL}
 
-    for entities, table in ((world.people, PERSON), (world.places, PLACE), (world.things, THING),
-                            (world.events, EVENT),
-                            (world.animals, ANIMAL)):
-        for relation in table:
+    def add(entity, relation, value, *, values=None, key=None, extra=""):
+        entity.facts[relation] = _make_fact(entity, relation, value, tables[entity.kind][relation],
+                                            values or simple[relation],
+                                            key or (entity.name, relation), extra)
+
+    for entities in (world.people, world.places, world.things, world.events, world.animals):
+        for relation in tables[entities[0].kind]:
             if relation in simple:
-                pool = years[:] if relation == "year" else simple[relation]
                 for i, entity in enumerate(entities):
-                    add(entity, table, relation, pool[i] if relation == "year"
-                        else rng.choice(pool), simple[relation])
+                    add(entity, relation, years[i] if relation == "year"
+                        else rng.choice(simple[relation]))
     order = rng.sample(world.people, len(world.people))
     for a, b in zip(order[::2], order[1::2]):  # one content, two directions: one key
         key = ("friends", *sorted((a.name, b.name)))
-        add(a, PERSON, "friend", b.name, people, key=key)
-        add(b, PERSON, "friend", a.name, people, key=key)
+        add(a, "friend", b.name, values=people, key=key)
+        add(b, "friend", a.name, values=people, key=key)
     for animal, owner in zip(world.animals, rng.sample(world.people, len(world.animals))):
         key = ("owner", animal.name)
-        add(animal, ANIMAL, "owner", owner.name, people, key=key)
-        add(owner, PERSON, "pet", animal.name, [a.name for a in world.animals], key=key,
+        add(animal, "owner", owner.name, values=people, key=key)
+        add(owner, "pet", animal.name, values=[a.name for a in world.animals], key=key,
             extra=animal["species"])
+    _settle(world, rng, add, simple)
+
+# %% ../nbs/01_corpus.ipynb #settle
+def _settle(world: World, rng: random.Random, add: Callable, simple: dict) -> None:
+    """Draw again what cannot be: a mayor lives in the town, nobody is the hero of two events, and
+    a name or a kind of animal may exclude a value."""
+    for town in world.places:
+        homes = Counter(p["home"] for p in world.people)
+        if not homes[town.name]:                        # somebody moves there from the largest town
+            largest = max(homes, key=homes.get)
+            add(rng.choice([p for p in world.people if p["home"] == largest]), "home", town.name)
+    for town in world.places:
+        add(town, "mayor", rng.choice([p.name for p in world.people if p["home"] == town.name]))
+    for event, hero in zip(world.events, rng.sample(world.people, len(world.events))):
+        add(event, "hero", hero.name)
+    for entity in world.animals + world.things:
+        for relation in ("trick", "bed") if entity.kind == "animal" else ("material",):
+            while not _possible(entity, relation):
+                add(entity, relation, rng.choice(simple[relation]))
+
+
+def _possible(entity: Entity, relation: str) -> bool:
+    """Whether the species or the name of `entity` allows its value of `relation`."""
+    value = entity[relation]
+    if entity.kind == "animal":
+        return entity["species"] not in UNFIT.get(value, ())
+    made_of = [MADE_OF[word] for word in entity.name.split() if word in MADE_OF]
+    return value in made_of[0] if made_of else value not in _SOFT
 
 # %% ../nbs/01_corpus.ipynb #get-world
 @lru_cache(maxsize=4)
@@ -571,10 +613,12 @@ def _story_names(world: World, hero: Entity, companion: Entity,
 
 # %% ../nbs/01_corpus.ipynb #told
 def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short",
-         before: str = "") -> list[str]:
-    """`count` facts about `entity` as sentences, none of a value that stands in `before`; after the
-    first a pronoun often takes the name's place."""
-    facts = [f for f in entity.facts.values() if not before or f.value not in before]
+         before: str = "", without: Collection[str] = ()) -> list[str]:
+    """`count` facts about `entity` as sentences, none of a value that stands in `before` and none
+    whose relation or value is among `without`; after the first a pronoun often takes the name's
+    place."""
+    facts = [f for f in entity.facts.values() if (not before or f.value not in before)
+             and f.relation not in without and f.value not in without]
     out = []
     for i, fact in enumerate(rng.sample(facts, min(count, len(facts)))):
         forms = fact.pronoun if i and rng.random() < 0.6 else getattr(fact, name)
@@ -583,22 +627,27 @@ def told(entity: Entity, rng: random.Random, count: int, *, name: str = "short",
 
 # %% ../nbs/01_corpus.ipynb #episode
 def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, companion: Entity,
-             before: str = "") -> str:
-    """One plot told once. Its spine is fixed; what else is said, how much and where, is drawn."""
+             before: str = "", used: set[str] | None = None) -> str:
+    """One plot told once. Its spine is fixed; what else is said, how much and where, is drawn.
+    `used` are the lines of the chapters so far, which are not told again; those of this one are
+    added."""
     names, general = _story_names(world, hero, companion, rng), story_lines()[0]
     names["c_who"] = companion.short + ("" if before else f" the {companion['job']}")
+    used, apart = set() if used is None else used, hero["home"] != companion["home"]
+    friends, pair = hero["friend"] == companion.name, (hero.name, companion.name)
 
     def tell(*lists: tuple[str, ...]) -> str:         # a line that no chapter before has had
         while True:
-            line = capital(say(pick(rng, pick(rng, lists)), rng, names))
-            if line not in before:
-                return line
+            line = pick(rng, pick(rng, lists))
+            if line not in used and (apart or "{c_town}" not in line):    # no town of his own
+                used.add(line)
+                return capital(say(line, rng, names))
 
     first, together = [], "alone" not in plot
     if before or rng.random() < 0.6:
         first.append(tell(general["later" if before else "openings"]))
         first += told(hero, rng, pick(rng, (0, 0, 1) if before else (0, 1, 1, 2)),
-                      before=before + first[0])
+                      before=before + first[0], without=pair)
     first.append(tell(plot["begin"]))
     about = plot.get("about", ("",))[0]
     if about and about != "animal":
@@ -606,9 +655,9 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
                       before=before + " ".join(first))
     middle = []
     if together and not re.search(rf"\b{companion.short}\b", first[-1]):
-        middle.append(tell(general["again" if before else "meet"]))
-        middle += told(companion, rng, pick(rng, (0, 0, 1) if before else (0, 1, 1)),
-                       before=before + middle[0])
+        middle.append(tell(general["again" if before else "meet_friend" if friends else "meet"]))
+        middle += told(companion, rng, pick(rng, (0, 0, 0, 1)), before=before + middle[0],
+                       without=pair)
     start, count = len(middle), pick(rng, (1, 1, 2, 2, 2, 3, 4))
     chosen = sorted(rng.sample(range(len(plot["steps"])), count))
     middle += [tell(plot["steps"][i:i + 1]) for i in chosen]
@@ -620,7 +669,7 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
     last = [tell(plot["ends"])]
     if about == "animal":                             # who makes the noise is known only now
         last += told(world.entity[names["animal"]], rng, pick(rng, (0, 1, 1)), name="statements",
-                     before=before + last[0])
+                     before=before + last[0], without=("bed",))   # it is not in bed now
     if rng.random() < 0.7:
         lists = (plot["closings"], general["closings"], general["closings_together"])
         last.append(tell(*lists[:3 if together else 2]))
@@ -631,18 +680,21 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
 # %% ../nbs/01_corpus.ipynb #story
 def _fits(world: World, plot: dict, hero: Entity, companion: Entity) -> bool:
     """Whether `plot` can be told of these two: neither is the mayor of the hero's town, who has a
-    part of his own, a plot about a pet needs one, and in what must differ they are not alike."""
+    part of his own, a plot about a pet needs one, in what must differ they are not alike, and
+    nobody has a job, a food or an instrument of which the plot would make nonsense."""
     return (hero is not companion
             and world.entity[hero["home"]]["mayor"] not in (hero.name, companion.name)
             and (plot.get("about") != ("pet",) or "pet" in hero.facts)
-            and all(hero[r] != companion[r] for r in plot.get("differ", ())))
+            and all(hero[r] != companion[r] for r in plot.get("differ", ()))
+            and not any(p[r] in plot.get(f"not_{r}", ()) for r in ("job", "food", "instrument")
+                        for p in (hero, companion)))
 
 
 def story(world: World, rng: random.Random, split: str) -> str:
     """A story of about 80 to 175 words whose (plot, hero, companion) belongs to `split`; one in ten
     has two to five chapters, each with another plot, and only its first is dealt by `split`."""
     plots, episodes, hero, companion = story_lines()[1], {}, None, None
-    names = tuple(plots)
+    names, used = tuple(plots), set()
     for number in range(1 if rng.random() < 0.9 else pick(rng, (2, 3, 3, 5))):
         while True:
             plot = pick(rng, names)
@@ -653,18 +705,19 @@ def story(world: World, rng: random.Random, split: str) -> str:
                 and (number or text_split("story", plot, hero.name, companion.name) == split)):
                 break
         episodes[plot] = _episode(world, rng, plots[plot], hero, companion,
-                                  "\n\n".join(episodes.values()))
+                                  "\n\n".join(episodes.values()), used)
     if len(episodes) == 1:
         return episodes[plot]
     return "\n\n".join(f"Chapter {i}\n\n{text}" for i, text in enumerate(episodes.values(), 1))
 
 # %% ../nbs/01_corpus.ipynb #paragraphs
 def _paragraphs(rng: random.Random, *blocks: list[str]) -> str:
-    """Join sentences with spaces and blocks with blank lines; short blocks sometimes run
-    together."""
-    out = " ".join(blocks[0])
+    """Join sentences with spaces and blocks with blank lines; two blocks sometimes run together,
+    never three."""
+    out, joined = " ".join(blocks[0]), False
     for block in blocks[1:]:
-        out += ("\n\n" if rng.random() < 0.75 else " ") + " ".join(block)
+        joined = not joined and rng.random() < 0.25
+        out += (" " if joined else "\n\n") + " ".join(block)
     return out
 
 
@@ -687,13 +740,16 @@ def _data_sheet(world, entity, rng):
 
 def _walk(world, entity, rng):
     """Two or three entities, each named by a fact of the one before."""
-    blocks = []
+    blocks, seen = [], []
     for _ in range(3):
-        blocks.append(told(entity, rng, 4, name="statements"))
-        links = [f for f in entity.facts.values() if f.value in world.entity]
-        if not links:
+        seen.append(entity.name)                      # it does not go back, nor say a link twice
+        links = [f for f in entity.facts.values()
+                 if f.value in world.entity and f.value not in seen]
+        link = pick(rng, links) if links else None
+        without = seen + [link.value] if link else seen
+        blocks.append(told(entity, rng, 4, name="statements", without=without))
+        if link is None:
             break
-        link = pick(rng, links)
         blocks[-1].append(pick(rng, link.statements))
         entity = world.entity[link.value]
     return _paragraphs(rng, *blocks)
@@ -712,6 +768,8 @@ def _letter(world, entity, rng):
 
 def _news(world, entity, rng):
     town, other = pick(rng, world.places), pick(rng, world.subjects)
+    while other is entity:
+        other = pick(rng, world.subjects)
     start = say("[{town} News|The {town} Post|News from {town}]\n\n[Our readers|Many people|Some "
                 "children] [asked|want to "
                 "know] about {about}. [Here is what we found|This is what we know|The facts]: ",
@@ -757,22 +815,25 @@ def article(world: World, rng: random.Random, split: str) -> str:
 # %% ../nbs/01_corpus.ipynb #greetings
 GREETINGS = ("Hello", "Hi", "Good morning", "Good evening", "Hello there")
 SMALL_TALK = (
-    ("How are you?", "[Fine|Very well|A little tired], thank you. And you?"),
+    ("How are you?", "[Fine|Very well|A little tired], thank you."),
     ("What a [fine|cold|windy] day!", "[Yes|Indeed], and tomorrow it will [rain|be better|snow]."),
     ("Do you have a minute?", "[For you, always|Yes, of course|Only one, I am busy]."),
     ("You look happy.", "I am. I [found a coin|slept well|had {food} today]."),
-    ("Have you heard the news?", "[No, tell me|What news|Not yet]."),
     ("I am going to {town}.", "[Say hello to {mayor}|Have a safe trip|Bring me some {product}]."))
+FAREWELLS = (("Thank you!", "[You are welcome.|Goodbye!|See you soon.]"),
+             ("[Good to know.|I did not know that.]", "[Now you know it.|Goodbye!|See you soon.]"))
 
 # %% ../nbs/01_corpus.ipynb #dialogue
 def dialogue(world: World, rng: random.Random, split: str) -> str:
-    """Two people talk: greetings, small talk, and questions about facts of the training split."""
+    """Two people talk: greetings, small talk, and questions about facts of the training split,
+    none of them about one of the two."""
     while True:
-        a, b = pick(rng, world.people), pick(rng, world.people)
-        fact = pick(rng, world.askable["train"])
-        if a is not b and text_split("dialogue", a.name, b.name, fact.subject) == split:
+        a, b, town = pick(rng, world.people), pick(rng, world.people), pick(rng, world.places)
+        fact, pair = pick(rng, world.askable["train"]), (a.name, b.name)
+        if (a is not b and town.name not in (a["home"], b["home"])
+            and fact.subject not in pair and fact.value not in pair
+            and text_split("dialogue", *pair, fact.subject) == split):
             break
-    town = world.entity[b["home"]]
     names = {"food": b["food"], "town": town.name, "mayor": town["mayor"],
              "product": town["product"]}
     lines = [f"{pick(rng, GREETINGS)}, {b.short}!",
@@ -785,12 +846,11 @@ def dialogue(world: World, rng: random.Random, split: str) -> str:
                   pick(rng, fact.replies)]
         asked.append(fact)
         more = [f for f in world.entity[fact.subject].facts.values() if f.split == "train"
-                and f not in asked]
+                and f not in asked and f.value not in pair]
         if not more:
             break
         fact = pick(rng, more)
-    lines += [pick(rng, ("Thank you!", "Good to know.", "I did not know that.")),
-              pick(rng, ("You are welcome.", "Goodbye!", "See you soon."))]
+    lines += [say(t, rng, names) for t in pick(rng, FAREWELLS)]
     return "\n".join(f"{(a, b)[i % 2].short}: {line}" for i, line in enumerate(lines))
 
 # %% ../nbs/01_corpus.ipynb #render-choice
@@ -917,16 +977,16 @@ def wordings() -> dict[str, dict[str, tuple[str, ...]]]:
     return _tables("skills.toml")
 
 # %% ../nbs/01_corpus.ipynb #cast
-ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, coins, books, cups,
-    stamps, cards, marbles, ribbons, baskets, tickets, cookies, flowers, stones, pencils, hats,
+ITEMS = _list("""apples, pears, plums, nuts, eggs, candles, shells, buttons, books, cups,
+    stamps, cards, marbles, ribbons, tickets, cookies, flowers, stones, pencils, hats,
     keys, kites""")
 CONTAINERS = _list("boxes, bags, jars, baskets, crates, drawers")
-GAINS = ("{A} [gets|buys|finds|makes] {b} more[| {i}]", "{C} gives {A} {b} more[| {i}]",
+GAINS = ("{A} [gets|buys|finds] {b} more[| {i}]", "{C} gives {A} {b} more[| {i}]",
          "Then {A} [picks up|wins|collects] {b} more", "A neighbour brings {b} more",
          "{He} [gets|buys|finds|receives] {b} more[| {i}| from {C}]",
          "{b} more {i} [arrive|are added]")
 LOSSES = ("{A} [loses|sells|gives away] {b} of them", "{A} gives {b} [|of them ]to {C}",
-          "Then {b} of them [break|are lost|are stolen]", "{C} takes {b} of them",
+          "Then {b} of them [are lost|are stolen]", "{C} takes {b} of them",
           "{He} [loses|sells|gives away|throws away|uses] {b}[| of them| {i}]",
           "{He} gives {C} {b}[| of them| {i}]")
 # a third of the people in problems are nobody of the world: a visitor brings names of his own
@@ -968,7 +1028,8 @@ def _chain(rng: random.Random, names: dict) -> Problem:
     shares = [k for k in range(2, 10) if value % k == 0 and value > k]
     if end < 0.2:
         c = names["c"] = rng.randrange(2, 9)
-        text.append(ask("{He} sells them all for {c} coins each. How many coins does {he} get?"))
+        text.append(ask("{He} sells all {his} {i} for {c} coins each. "
+                        "How many coins does {he} get?"))
         steps.append(_step(ask("{He} gets "), value, "*", c, " coins."))
     elif end < 0.4 and shares:
         c = names["c"] = pick(rng, shares)
@@ -1000,7 +1061,7 @@ def _with_aside(rng: random.Random, names: dict, text: list[str]) -> str:
 def _compare(rng: random.Random, names: dict) -> Problem:
     """Two people's things: more, fewer, times as many; together, or the difference."""
     ask = lambda t: say(t, rng, names)
-    a, b = names["v"], names["b"] = rng.randrange(10, 60), rng.randrange(2, 10)
+    a, b = names["v"], names["b"] = rng.randrange(11, 60), rng.randrange(2, 10)
     how, op = pick(rng, ((" more {i} than {A}", "+"), (" fewer {i} than {A}", "-"),
                          (" times as many {i} as {A}", "*")))
     text = [ask("{A} has {v} {i}."), ask("{C} has {b}" + how + ".")]
@@ -1057,7 +1118,7 @@ def _money(rng: random.Random, names: dict) -> Problem:
             steps.append(_step("Together that is ", total, "+", c, " coins."))
             total += c
         if rng.random() < 0.6:
-            paid = names["d"] = total + rng.randrange(1, 60)
+            paid = names["d"] = total + rng.randrange(2, 60)
             text.append(ask("{A} pays with {d} coins. How many coins does {he} get back?"))
             steps.append(_step(ask("{A} gets back "), paid, "-", total, " coins."))
         else:
@@ -1069,9 +1130,9 @@ def _money(rng: random.Random, names: dict) -> Problem:
              _step(ask("In {c} days that is "), n * price, "*", days, " coins.")]
     if rng.random() < 0.4:
         total = n * price * days
-        spent = names["d"] = rng.randrange(2, total)
+        spent = names["d"] = rng.randrange(2, total - 1)
         text.append(ask("After {c} days {he} [spends|pays] {d} coins. How many coins are left?"))
-        steps.append(_step("Left are ", total, "-", spent, " coins."))
+        steps.append(_step("That leaves ", total, "-", spent, " coins."))
     else:
         text.append(ask("How many coins does {he} earn in {c} days?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
@@ -1083,6 +1144,12 @@ def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...
     split = (line.split(" => ") for line in wordings()["problem"]["everyday"])
     return tuple((question, tuple(re.fullmatch(r"(\w+) *([-+*/]) *(\w+)", step.strip()).groups()
                                   for step in steps.split(";"))) for question, steps in split)
+
+
+# where something stands that holds things, no horses and no boats: nouns of "bulky"
+_HOLDS = re.compile(r"\b(box|boxes|(bag|basket|jar|sack|crate|drawer|shelf|desk|pile|pocket|tin|"
+                    r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|raffled|shipped|"
+                    r"wrap)\b")
 
 
 def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dict[str, int]:
@@ -1100,6 +1167,9 @@ def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dic
 def _everyday(rng: random.Random, names: dict) -> Problem:
     """One of the lines of everyday life, with numbers with which every step gives a whole one."""
     question, steps = pick(rng, _everyday_lines())
+    nouns = wordings()["nouns"]
+    while names["things"] in nouns["bulky"] and _HOLDS.search(question):
+        names = names | {"things": pick(rng, nouns["things"])}
     while True:
         values, done = _numbers(steps, rng), []
         for result, (left, op, right) in zip("xyz", steps):
