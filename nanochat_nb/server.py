@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (AsyncIterator, Callable, Coroutine, Iterator, Mapping,
+                             Sequence)
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -49,12 +50,12 @@ from .tokenizer import Tokenizer, patch_to
 # %% auto #0
 __all__ = ['log', 'StopString', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
            'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
-           'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
+           'error_response', 'failure', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
            'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
-           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer',
-           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'metrics_text', 'Observe',
-           'note_request', 'create_app', 'model_loaders', 'named_engines', 'EventStream', 'answer_request',
-           'add_routes', 'check_port', 'serve', 'main']
+           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'written',
+           'hung_up', 'unless_gone', 'whole_answer', 'chat_job', 'completion_job', 'check_rows', 'sampling_options',
+           'Metrics', 'metrics_text', 'Observe', 'note_request', 'create_app', 'model_loaders', 'named_engines',
+           'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -350,6 +351,11 @@ class ChatRequest(Sampling):
         """So many alternatives to each token are wanted; None: no log-probabilities at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
+    @property
+    def answers(self) -> int:
+        """So many answers the request asks for."""
+        return self.n or 1
+
 
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
@@ -363,6 +369,17 @@ class CompletionRequest(Sampling):
         """As for a chat, in the older form: one number says both."""
         return self.logprobs
 
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Its prompts: one text or one row of ids may stand by itself."""
+        one = isinstance(self.prompt, str) or self.prompt and isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+    @property
+    def answers(self) -> int:
+        """So many answers the request asks for: `n` to each of its prompts."""
+        return len(self.prompts) * (self.n or 1)
+
 # %% ../nbs/16_server.ipynb #error-response
 def error_response(status: int, message: str, *, kind: str = "invalid_request_error",
                    param: str | None = None,
@@ -372,6 +389,11 @@ def error_response(status: int, message: str, *, kind: str = "invalid_request_er
     return JSONResponse({"error": {"message": message, "type": kind, "param": param,
                                    "code": code}}, status,
                         headers=headers)
+
+
+def failure() -> JSONResponse:
+    """What is said about an error that nobody foresaw."""
+    return error_response(500, "the server failed on this request", kind="server_error")
 
 
 class ApiError(Exception):
@@ -409,7 +431,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def crash(request: Request, error: Exception):
-        return error_response(500, "the server failed on this request", kind="server_error")
+        return failure()
 
 # %% ../nbs/16_server.ipynb #bodylimit
 class BodyLimit:
@@ -484,36 +506,54 @@ class ModelPool:
     `budget`: the longest idle leaves, one in use never. What has no size takes no room."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], object]], *,
-                 sizes: Mapping[str, int] = {}, budget: int = 0):
+                 sizes: Mapping[str, int] = {}, budget: int = 0, places: int = 64):
         self.loaders, self.sizes, self.budget = dict(loaders), dict(sizes), budget
+        self.places = places                               # answers at a time, for each model
         self.room: dict[str, int] = {}                     # taken by models here, or on their way
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
-        self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
+        self._loading: dict[str, Future] = {}              # those on their way
+        self._users = dict.fromkeys(self.loaders, 0)       # answers asked of each, loaded or not
         self._lock = threading.Lock()                      # for the tables above: never for long
-        self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
     def default(self) -> str:
         """The name that an empty or absent `model` means."""
         return next(iter(self.loaders))
 
-    @contextlib.contextmanager
-    def use(self, name: str = "") -> Iterator[EngineWorker]:
-        """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
+    @property
+    def asked(self) -> int:
+        """Answers that are being written or waited for, of all models together."""
+        return sum(self._users.values())
 
-        Raises ApiError: 404 for an unknown name, 429 when those in use leave no room.
+    @contextlib.contextmanager
+    def place(self, name: str = "", *, answers: int = 1) -> Iterator[str]:
+        """The model's name, and a place for each of `answers` until the `with` ends. Never blocks.
+
+        Raises ApiError: 404 for an unknown name, 429 when there are not so many places left.
         """
         name = name or self.default
         if name not in self.loaders:
             raise ApiError(404, f"no model {name!r}{nearest(name, self.loaders)}", param="model",
                            code="model_not_found")
         with self._lock:
-            self._users[name] += 1                         # from here on it does not leave
+            if self._users[name] and self._users[name] + answers > self.places:
+                raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                               headers={"Retry-After": "2"})
+            self._users[name] += answers                   # from here on it does not leave
         try:
-            yield self._worker(name)
+            yield name
         finally:
             with self._lock:
-                self._users[name] -= 1
+                self._users[name] -= answers
+
+    @contextlib.contextmanager
+    def use(self, name: str = "") -> Iterator[EngineWorker]:
+        """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
+
+        Raises ApiError like `place`, and 429 when those in use leave no room.
+        """
+        with self.place(name) as name:
+            yield self.arriving(name).result()
 
     def close(self) -> None:
         """End every thread."""
@@ -522,21 +562,40 @@ class ModelPool:
 
 # %% ../nbs/16_server.ipynb #pool-loads
 @patch_to(ModelPool)
-def _worker(self: ModelPool, name: str) -> EngineWorker:
-    with self._loading[name]:                          # who wants the same model waits for it
-        if name not in self.workers:
-            with self._lock:
-                self._make_room(name)
-            try:
-                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
-            except BaseException:
-                self.room.pop(name)
-                raise
-            with self._lock:
-                self.workers[name] = worker
-        with self._lock:
+def arriving(self: ModelPool, name: str) -> Future:
+    """The worker of a model in which the caller has a place, now or once it has loaded.
+
+    Raises ApiError (429) when those in use leave no room; what the loader raised is in the future.
+    """
+    with self._lock:
+        if name in self.workers:
             self.workers[name] = self.workers.pop(name)    # now the most recent
-            return self.workers[name]
+            here: Future = Future()
+            here.set_result(self.workers[name])
+            return here
+        if name not in self._loading:
+            self._make_room(name)
+            self._loading[name] = Future()
+            self._loading[name].set_running_or_notify_cancel()    # one who leaves cancels nothing
+            threading.Thread(target=self._load, args=(name,), daemon=True, name="loader").start()
+        return self._loading[name]
+
+
+@patch_to(ModelPool)
+def _load(self: ModelPool, name: str) -> None:
+    """Load a model, in a thread of its own, and tell all who wait for it."""
+    loaded = self._loading[name]
+    try:
+        worker = EngineWorker(self.loaders[name]())
+    except BaseException as error:                         # whatever it is, nobody waits for ever
+        with self._lock:
+            del self.room[name], self._loading[name]
+        loaded.set_exception(error)
+        return
+    with self._lock:
+        self.workers[name] = worker
+        del self._loading[name]
+    loaded.set_result(worker)
 
 
 @patch_to(ModelPool)
@@ -766,24 +825,50 @@ async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIte
     except ApiError as error:                              # the status line has long been sent
         yield sse(error.response.body.decode())
         return
+    except Exception as error:                             # nor may its text be told, as above
+        tell("stream failed", level=logging.ERROR, error=type(error).__name__)
+        yield sse(failure().body.decode())
+        return
     if include_usage:
         yield sse(shape.envelope([], chunk=True) | {"usage": usage(job)})
     yield sse("[DONE]")
 
 # %% ../nbs/16_server.ipynb #whole-answer
-async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
-    """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
+async def written(job: Job, shape: Shape) -> dict:
+    """A request's answer as one object."""
     pieces, reasons = [[] for _ in job.prompts], [None] * len(job.prompts)
     async with contextlib.aclosing(run_job(job)) as events:
         async for index, new, finish in events:
             pieces[index] += new
             reasons[index] = finish or reasons[index]
-            if await request.is_disconnected():
-                return Response(status_code=499)
     choices = [shape.choice(i, merge_pieces(p), r, await logprobs_of(job, i, shape.chat))
                for i, (p, r) in enumerate(zip(pieces, reasons))]
     note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
-    return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job)} | note)
+    return shape.envelope(choices, chunk=False) | {"usage": usage(job)} | note
+
+
+async def hung_up(request: Request) -> None:
+    """Return when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine) -> dict | None:
+    """What `work` returns, or None when the client hangs up first; `work` has then ended, too."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(hung_up(request))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
+    """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
+    answer = await unless_gone(request, written(job, shape))
+    return Response(status_code=499) if answer is None else JSONResponse(answer)
 
 # %% ../nbs/16_server.ipynb #chat-job
 def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
@@ -806,9 +891,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
     """A plain completion made ready for the engine: the text goes on after <|bos|>, without
     tools."""
-    tokenizer, prompt = worker.engine.tokenizer, body.prompt
-    one = isinstance(prompt, str) or prompt and isinstance(prompt[0], int)
-    many = [prompt] if one else prompt
+    tokenizer, many = worker.engine.tokenizer, body.prompts
     rows = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in many]
     check_rows(rows, tokenizer.vocab_size, worker.engine.max_len)
     wanted = min(16 if body.max_tokens is None else body.max_tokens, limits.max_tokens)
@@ -944,7 +1027,7 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     metrics = Metrics()
     pool = ModelPool(model_loaders(found, device, dtype) or named_engines(source, name),
                      sizes={model: model_bytes(*where) for model, where in found.items()},
-                     budget=budget)
+                     budget=budget, places=limits.requests)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -993,24 +1076,18 @@ class EventStream(StreamingResponse):
 # %% ../nbs/16_server.ipynb #answer-request
 async def answer_request(pool: ModelPool, limits: Limits, request: Request, body: Sampling,
                          prepare: Callable, kind: str) -> Response:
-    """Find the model, check the limits, and answer: whole, or as a stream."""
+    """Take a place for each answer, find the model, and answer: whole, or as a stream."""
+    most = limits.choices
+    if body.answers > most:
+        raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
+                       param="n")
     with contextlib.ExitStack() as held:
-        worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
-        full = ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                        headers={"Retry-After": "2"})
-        if worker.waiting >= limits.requests:
-            raise full
+        name = held.enter_context(pool.place(body.model, answers=body.answers))
+        worker = await asyncio.wrap_future(pool.arriving(name))
         if body.top is not None and not hasattr(worker.engine, "model"):
             raise ApiError(400, "logprobs are not available here", param="logprobs")
-        most = limits.choices
-        job = (await run_in_threadpool(prepare, worker, body, limits) if (body.n or 1) <= most
-               else None)                                    # a long conversation takes its time
-        if job is None or len(job.prompts) > most:
-            raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
-                           param="n")
-        if worker.waiting and worker.waiting + len(job.prompts) > limits.requests:
-            raise full
-        name = body.model or pool.default
+        # a long conversation takes its time
+        job = await run_in_threadpool(prepare, worker, body, limits)
         request.state.job, request.state.model = job, name
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")
         if not body.stream:
@@ -1031,17 +1108,13 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
-    def waiting() -> int:
-        return sum(worker.waiting for worker in list(pool.workers.values()))
-
     @app.get("/health")
     def health() -> dict:
-        return {"status": "ok", "loaded": list(pool.workers),
-                "requests": waiting()}
+        return {"status": "ok", "loaded": list(pool.workers), "requests": pool.asked}
 
     @app.get("/metrics", dependencies=[Depends(authorize)])
     async def prometheus() -> PlainTextResponse:
-        now = {"nanochat_requests_waiting": waiting(), "nanochat_models_loaded": len(pool.workers)}
+        now = {"nanochat_requests_waiting": pool.asked, "nanochat_models_loaded": len(pool.workers)}
         return PlainTextResponse(metrics_text(metrics, now), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
