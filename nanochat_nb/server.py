@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import codecs
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +36,7 @@ import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -48,14 +49,15 @@ from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['log', 'StopString', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
-           'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
-           'error_response', 'failure', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
-           'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
-           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'written',
-           'hung_up', 'unless_gone', 'whole_answer', 'chat_job', 'completion_job', 'check_rows', 'sampling_options',
-           'Metrics', 'metrics_text', 'Observe', 'note_request', 'create_app', 'model_loaders', 'named_engines',
-           'EventStream', 'answer_request', 'add_routes', 'check_port', 'serve', 'main']
+__all__ = ['log', 'StopString', 'NotHere', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder',
+           'held_back', 'merge_pieces', 'Limits', 'Part', 'Message', 'in_turns', 'joined', 'StreamOptions',
+           'says_nothing', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'failure', 'ApiError',
+           'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes', 'half_of_memory', 'ModelPool', 'Job',
+           'run_job', 'sse', 'usage', 'prose', 'shown', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
+           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'text_offsets', 'stream_answer', 'written', 'hung_up',
+           'unless_gone', 'whole_answer', 'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics',
+           'metrics_text', 'Observe', 'note_request', 'refuse_strangers', 'create_app', 'model_loaders',
+           'named_engines', 'EventStream', 'answer_request', 'add_routes', 'api_key', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -301,7 +303,15 @@ class Part(BaseModel):
 class Message(BaseModel):
     """One turn of a conversation, in OpenAI's form."""
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None
+
+    @field_validator("content")
+    @classmethod
+    def said(cls, content: str | list[Part] | None, info: ValidationInfo) -> str | list[Part]:
+        """Raises ValueError when somebody else than the assistant says nothing."""
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("only an assistant's content may be null")
+        return "" if content is None else content
 
     def plain(self) -> dict:
         """The turn as `Tokenizer.render_conversation` wants it."""
@@ -312,12 +322,49 @@ class Message(BaseModel):
                        else "".join(part.text for part in content))
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
+# %% ../nbs/16_server.ipynb #in-turns
+def in_turns(messages: Sequence[Message]) -> list[dict]:
+    """A conversation as the models know it: one system turn or none, then user and assistant by
+    turns. Raises ApiError when the last turn is the assistant's."""
+    if messages[-1].role == "assistant":
+        raise ApiError(400, "the last turn is the assistant's: there is nothing to answer",
+                       param="messages")
+    plain = [message.plain() for message in messages]
+    system = [turn for turn in plain if turn["role"] == "system" and turn["content"]]
+    turns: list[dict] = []
+    for turn in (turn for turn in plain if turn["role"] != "system"):
+        if not turns and turn["role"] == "assistant":
+            turns.append({"role": "user", "content": ""})
+        if turns and turns[-1]["role"] == turn["role"]:
+            turn = joined(turns.pop(), turn)
+        turns.append(turn)
+    return ([functools.reduce(joined, system)] if system else []) + turns
+
+
+def joined(first: dict, second: dict) -> dict:
+    """Two turns of one role as one, with an empty line between them."""
+    both = [first["content"], second["content"]]
+    if all(isinstance(content, str) for content in both):
+        return first | {"content": "\n\n".join(filter(None, both))}
+    a, b = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in both)
+    return first | {"content": [*a, {"type": "text", "text": "\n\n"}, *b]}
+
 # %% ../nbs/16_server.ipynb #streamoptions
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
 StopString = Annotated[str, Field(max_length=1000)]
+
+
+def says_nothing(value: Any) -> Any:
+    """Raises ValueError for a value that asks for something which this server does not have."""
+    if value not in (None, [], {}, "", "none", "auto", {"type": "text"}):
+        raise ValueError("this server does not have that")
+    return value
+
+
+NotHere = Annotated[Any, AfterValidator(says_nothing)]
 
 
 class Sampling(BaseModel):
@@ -333,6 +380,7 @@ class Sampling(BaseModel):
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    logit_bias: NotHere = None
 
     def stops(self) -> tuple[str, ...]:
         listed = [self.stop] if isinstance(self.stop, str) else self.stop or ()
@@ -345,6 +393,11 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: NotHere = None
+    tool_choice: NotHere = None
+    functions: NotHere = None
+    function_call: NotHere = None
+    response_format: NotHere = None
 
     @property
     def top(self) -> int | None:
@@ -363,6 +416,16 @@ class CompletionRequest(Sampling):
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    suffix: NotHere = None
+    best_of: int | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def all_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        """Raises ValueError when more are to be written than returned: nobody here picks."""
+        if best_of is not None and best_of > (info.data.get("n") or 1):
+            raise ValueError("this server returns every answer that it writes: send n alone")
+        return best_of
 
     @property
     def top(self) -> int | None:
@@ -634,6 +697,12 @@ class Job:
     def stop(self) -> tuple[str, ...]:
         return self.options.get("stop", ())
 
+    def dice(self, index: int) -> dict[str, int]:
+        """Where the random numbers of one answer come from: a fresh seed unless one was sent."""
+        seed = self.options.get("seed")
+        return {"seed": secrets.randbits(48) if seed is None else seed,
+                "sample": index % self.choices}
+
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts[::self.choices]))    # counted once, as OpenAI does
@@ -661,7 +730,7 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
         if job.echo is not None or not wanted:
             shown = [] if job.echo is None else [("text", tokenizer.decode(prompt[job.echo:]))]
             yield index, merge_pieces(shown), None if wanted else "length"
-    tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i)
+    tickets = {i: job.worker.submit(prompt, report(i), **job.options | job.dice(i))
                for i, prompt in enumerate(job.prompts) if wanted}
     try:
         while tickets:
@@ -698,6 +767,11 @@ def prose(pieces: list[tuple[str, str]]) -> str:
     return "".join(text for kind, text in pieces if kind == "text")
 
 
+def shown(pieces: list[tuple[str, str]]) -> str:
+    """All the text, of whatever kind."""
+    return "".join(text for _, text in pieces)
+
+
 def parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in pieces]
 
@@ -708,19 +782,20 @@ class Shape:
     id: str
     model: str
     chat: bool
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def envelope(self, choices: list[dict], *, chunk: bool) -> dict:
         kind = "text_completion"
         if self.chat:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model,
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
                 "choices": choices}
 
     def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
               logprobs: dict | None = None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
+            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
@@ -731,7 +806,7 @@ class Shape:
                logprobs: dict | None = None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
+            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
@@ -765,14 +840,14 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
                chat: bool) -> list[int]:
     """Those of an answer's ids that are listed with their log-probabilities."""
-    shown, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
-    size = len(prose(shown.feed(ids) + shown.flush()))
-    if shown.stopped:
+    cut, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
+    size = len(shown(cut.feed(ids) + cut.flush()))
+    if cut.stopped:
         while size > 0:
-            size -= len(prose(plain.feed(ids[taken:taken + 1])))
+            size -= len(shown(plain.feed(ids[taken:taken + 1])))
             taken += 1
         return ids[:taken]
-    return ids[:-1] if chat and ids and ids[-1] == shown.end else ids
+    return ids[:-1] if chat and ids and ids[-1] == cut.end else ids
 
 # %% ../nbs/16_server.ipynb #logprobs-of
 async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
@@ -783,12 +858,14 @@ async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
     tokenizer, prompt = job.worker.engine.tokenizer, job.prompts[index]
     ids = listed_ids(tokenizer, job.ids[index], job.stop, chat)
     scores = job.logprobs[index][:len(ids)]
-    if job.echo is not None:
+    if chat:
+        return chat_logprobs(tokenizer, ids, scores)
+    asked = [] if job.echo is None else prompt[job.echo:]
+    if asked:
         read = await asyncio.wrap_future(
             job.worker.call(lambda engine: token_scores(engine, prompt, top)))
-        ids = prompt[job.echo:] + ids
         scores = [Logprob(None, []), *read][job.echo:] + scores
-    return (chat_logprobs if chat else text_logprobs)(tokenizer, ids, scores)
+    return text_logprobs(tokenizer, asked, ids, scores)
 
 # %% ../nbs/16_server.ipynb #logprob-forms
 def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
@@ -799,29 +876,40 @@ def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob
                         for token, (score, others) in zip(ids, scores)], "refusal": None}
 
 
-def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
-    names = [token_name(tokenizer, token) for token in ids]
+def text_logprobs(tokenizer: Tokenizer, asked: list[int], ids: list[int],
+                  scores: Sequence[Logprob]) -> dict:
+    names = [token_name(tokenizer, token) for token in asked + ids]
     likeliest = [others and {token_name(tokenizer, t): s for t, s in others} | {name: score} or None
                  for name, (score, others) in zip(names, scores)]
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    sizes = (len(decode(tokenizer.decode_bytes([token]))) for token in ids)
     return {"tokens": names, "token_logprobs": [score for score, _ in scores],
-            "top_logprobs": likeliest, "text_offset": [0, *accumulate(sizes)][:-1]}
+            "top_logprobs": likeliest, "text_offset": text_offsets(tokenizer, asked, ids)}
+
+
+def text_offsets(tokenizer: Tokenizer, asked: list[int], ids: list[int]) -> list[int]:
+    """Where each token begins in the text that a client sees: the prompt if it was asked for, with
+    its special tokens by name, and the answer, in which they are not shown."""
+    decode, plain = codecs.getincrementaldecoder("utf-8")("replace").decode, PieceDecoder(tokenizer)
+    prompt = [len(decode(tokenizer.decode_bytes([token]))) for token in asked]
+    answer = [len(shown(plain.feed([token]))) for token in ids]
+    begin = len(tokenizer.decode(asked))
+    return [*accumulate(prompt, initial=0)][:-1] + [*accumulate(answer, initial=begin)][:-1]
 
 # %% ../nbs/16_server.ipynb #stream-answer
 async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
     """A request's server-sent events."""
+    later = {"usage": None} if include_usage else {}          # as OpenAI does: null until the last
     if shape.chat:
         for index in range(len(job.prompts)):
             start = {"index": index, "delta": {"role": "assistant", "content": ""},
                      "finish_reason": None}
             note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
-            yield sse(shape.envelope([start], chunk=True) | note)
+            yield sse(shape.envelope([start], chunk=True) | later | note)
     try:
         async with contextlib.aclosing(run_job(job)) as events:
             async for index, pieces, finish in events:
                 found = await logprobs_of(job, index, shape.chat) if finish else None
-                yield sse(shape.envelope([shape.delta(index, pieces, finish, found)], chunk=True))
+                delta = shape.delta(index, pieces, finish, found)
+                yield sse(shape.envelope([delta], chunk=True) | later)
     except ApiError as error:                              # the status line has long been sent
         yield sse(error.response.body.decode())
         return
@@ -880,7 +968,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
     context = worker.engine.max_len
     wanted = min(body.max_completion_tokens or body.max_tokens or limits.max_tokens,
                  limits.max_tokens)
-    ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
+    ids, dropped = chat_prompt(worker.engine.tokenizer, in_turns(body.messages),
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {
         "tools": True, "logprobs": body.top}
@@ -916,11 +1004,11 @@ def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
 
 # %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
-    """The engine's keyword arguments. Without a seed each request draws a fresh one."""
+    """The engine's keyword arguments."""
     return {"max_new_tokens": min(wanted, room), "stop": body.stops(),
             "top_k": body.top_k, "top_p": body.top_p, "min_p": body.min_p or 0.0,
             "temperature": TEMPERATURE if body.temperature is None else body.temperature,
-            "seed": secrets.randbits(48) if body.seed is None else body.seed}
+            "seed": body.seed}
 
 # %% ../nbs/16_server.ipynb #metrics
 class Metrics:
@@ -1009,6 +1097,13 @@ def note_request(metrics: Metrics, path: str, state: dict, start: float, *, stat
         tell("request", **facts)
 
 # %% ../nbs/16_server.ipynb #create-app
+def refuse_strangers(request: Request) -> None:
+    """Raise ApiError for a request that a page of another site has sent."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ApiError(403, "requests from another site's pages are not answered")
+
+
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
                name: str = "nanochat",
                device: str | None = None, dtype=None, limits: Limits = Limits(), api_key: str = "",
@@ -1034,7 +1129,8 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
         yield
         pool.close()
 
-    app = FastAPI(title="nanochat_nb", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat_nb", docs_url=None, redoc_url=None, lifespan=lifespan,
+                  dependencies=[Depends(refuse_strangers)])
     app.state.pool = pool
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
@@ -1100,17 +1196,21 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
                metrics: Metrics) -> None:
     """Connect the API's paths to the functions above."""
 
-    def authorize(request: Request) -> None:
+    def known(request: Request) -> bool:
         given = request.headers.get("authorization", "")
-        if api_key and not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+        return not api_key or secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode())
+
+    def authorize(request: Request) -> None:
+        if not known(request):
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
 
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
     @app.get("/health")
-    def health() -> dict:
-        return {"status": "ok", "loaded": list(pool.workers), "requests": pool.asked}
+    def health(request: Request) -> dict:
+        details = {"loaded": list(pool.workers), "requests": pool.asked}
+        return {"status": "ok"} | (details if known(request) else {})
 
     @app.get("/metrics", dependencies=[Depends(authorize)])
     async def prometheus() -> PlainTextResponse:
@@ -1137,6 +1237,16 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
         return await answer_request(pool, limits, request, body, completion_job, "cmpl")
 
 # %% ../nbs/16_server.ipynb #check-port
+def api_key() -> str:
+    """The key in NANOCHAT_NB_API_KEY, empty when there is none. Raises UserError for one that no
+    client could send."""
+    key = os.environ.get("NANOCHAT_NB_API_KEY", "")
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UserError("NANOCHAT_NB_API_KEY may have printable ASCII characters only, and no "
+                        "space at its ends: others do not survive an HTTP header")
+    return key
+
+
 def check_port(host: str, port: int) -> None:
     """Raise UserError when something already listens there, or it is no port."""
     if not 1 <= port <= 65535:
@@ -1155,10 +1265,10 @@ GRACE = 5                                   # seconds that answers may take to e
 
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
           device: str | None = None, memory: int | None = None) -> None:
-    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
-    door without a key."""
+    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, a key
+    that cannot be sent, or an open door without a key."""
     import uvicorn
-    key = os.environ.get("NANOCHAT_NB_API_KEY", "")
+    key = api_key()
     local = host in ("127.0.0.1", "localhost", "::1")
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
