@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import codecs
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -20,12 +21,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (AsyncIterator, Callable, Coroutine, Iterator, Mapping,
+                             Sequence)
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__" and __spec__ is not None:          # Ctrl-C while torch loads is quiet
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -34,7 +36,7 @@ import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -47,14 +49,15 @@ from .runtime import UserError, detect_device, nearest
 from .tokenizer import Tokenizer, patch_to
 
 # %% auto #0
-__all__ = ['log', 'StopString', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder', 'held_back',
-           'merge_pieces', 'Limits', 'Part', 'Message', 'StreamOptions', 'Sampling', 'ChatRequest', 'CompletionRequest',
-           'error_response', 'ApiError', 'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes',
-           'half_of_memory', 'ModelPool', 'Job', 'run_job', 'sse', 'usage', 'prose', 'parts', 'Shape', 'token_scores',
-           'token_name', 'listed_ids', 'logprobs_of', 'chat_logprobs', 'text_logprobs', 'stream_answer', 'whole_answer',
-           'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics', 'metrics_text', 'Observe',
-           'note_request', 'create_app', 'model_loaders', 'named_engines', 'EventStream', 'answer_request',
-           'add_routes', 'check_port', 'serve', 'main']
+__all__ = ['log', 'StopString', 'NotHere', 'ROWS', 'GRACE', 'ScriptedEngine', 'tell', 'Ticket', 'EngineWorker', 'PieceDecoder',
+           'held_back', 'merge_pieces', 'Limits', 'Part', 'Message', 'in_turns', 'joined', 'StreamOptions',
+           'says_nothing', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'failure', 'ApiError',
+           'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes', 'half_of_memory', 'ModelPool', 'Job',
+           'run_job', 'sse', 'usage', 'prose', 'shown', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
+           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'text_offsets', 'stream_answer', 'written', 'hung_up',
+           'unless_gone', 'whole_answer', 'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics',
+           'metrics_text', 'Observe', 'note_request', 'refuse_strangers', 'create_app', 'model_loaders',
+           'named_engines', 'EventStream', 'answer_request', 'add_routes', 'api_key', 'check_port', 'serve', 'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -300,7 +303,15 @@ class Part(BaseModel):
 class Message(BaseModel):
     """One turn of a conversation, in OpenAI's form."""
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None
+
+    @field_validator("content")
+    @classmethod
+    def said(cls, content: str | list[Part] | None, info: ValidationInfo) -> str | list[Part]:
+        """Raises ValueError when somebody else than the assistant says nothing."""
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("only an assistant's content may be null")
+        return "" if content is None else content
 
     def plain(self) -> dict:
         """The turn as `Tokenizer.render_conversation` wants it."""
@@ -311,12 +322,49 @@ class Message(BaseModel):
                        else "".join(part.text for part in content))
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
+# %% ../nbs/16_server.ipynb #in-turns
+def in_turns(messages: Sequence[Message]) -> list[dict]:
+    """A conversation as the models know it: one system turn or none, then user and assistant by
+    turns. Raises ApiError when the last turn is the assistant's."""
+    if messages[-1].role == "assistant":
+        raise ApiError(400, "the last turn is the assistant's: there is nothing to answer",
+                       param="messages")
+    plain = [message.plain() for message in messages]
+    system = [turn for turn in plain if turn["role"] == "system" and turn["content"]]
+    turns: list[dict] = []
+    for turn in (turn for turn in plain if turn["role"] != "system"):
+        if not turns and turn["role"] == "assistant":
+            turns.append({"role": "user", "content": ""})
+        if turns and turns[-1]["role"] == turn["role"]:
+            turn = joined(turns.pop(), turn)
+        turns.append(turn)
+    return ([functools.reduce(joined, system)] if system else []) + turns
+
+
+def joined(first: dict, second: dict) -> dict:
+    """Two turns of one role as one, with an empty line between them."""
+    both = [first["content"], second["content"]]
+    if all(isinstance(content, str) for content in both):
+        return first | {"content": "\n\n".join(filter(None, both))}
+    a, b = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in both)
+    return first | {"content": [*a, {"type": "text", "text": "\n\n"}, *b]}
+
 # %% ../nbs/16_server.ipynb #streamoptions
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
 StopString = Annotated[str, Field(max_length=1000)]
+
+
+def says_nothing(value: Any) -> Any:
+    """Raises ValueError for a value that asks for something which this server does not have."""
+    if value not in (None, [], {}, "", "none", "auto", {"type": "text"}):
+        raise ValueError("this server does not have that")
+    return value
+
+
+NotHere = Annotated[Any, AfterValidator(says_nothing)]
 
 
 class Sampling(BaseModel):
@@ -332,6 +380,7 @@ class Sampling(BaseModel):
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    logit_bias: NotHere = None
 
     def stops(self) -> tuple[str, ...]:
         listed = [self.stop] if isinstance(self.stop, str) else self.stop or ()
@@ -344,11 +393,21 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: NotHere = None
+    tool_choice: NotHere = None
+    functions: NotHere = None
+    function_call: NotHere = None
+    response_format: NotHere = None
 
     @property
     def top(self) -> int | None:
         """So many alternatives to each token are wanted; None: no log-probabilities at all."""
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def answers(self) -> int:
+        """So many answers the request asks for."""
+        return self.n or 1
 
 
 class CompletionRequest(Sampling):
@@ -357,11 +416,32 @@ class CompletionRequest(Sampling):
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    suffix: NotHere = None
+    best_of: int | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def all_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        """Raises ValueError when more are to be written than returned: nobody here picks."""
+        if best_of is not None and best_of > (info.data.get("n") or 1):
+            raise ValueError("this server returns every answer that it writes: send n alone")
+        return best_of
 
     @property
     def top(self) -> int | None:
         """As for a chat, in the older form: one number says both."""
         return self.logprobs
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Its prompts: one text or one row of ids may stand by itself."""
+        one = isinstance(self.prompt, str) or self.prompt and isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+    @property
+    def answers(self) -> int:
+        """So many answers the request asks for: `n` to each of its prompts."""
+        return len(self.prompts) * (self.n or 1)
 
 # %% ../nbs/16_server.ipynb #error-response
 def error_response(status: int, message: str, *, kind: str = "invalid_request_error",
@@ -372,6 +452,11 @@ def error_response(status: int, message: str, *, kind: str = "invalid_request_er
     return JSONResponse({"error": {"message": message, "type": kind, "param": param,
                                    "code": code}}, status,
                         headers=headers)
+
+
+def failure() -> JSONResponse:
+    """What is said about an error that nobody foresaw."""
+    return error_response(500, "the server failed on this request", kind="server_error")
 
 
 class ApiError(Exception):
@@ -409,7 +494,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def crash(request: Request, error: Exception):
-        return error_response(500, "the server failed on this request", kind="server_error")
+        return failure()
 
 # %% ../nbs/16_server.ipynb #bodylimit
 class BodyLimit:
@@ -484,36 +569,54 @@ class ModelPool:
     `budget`: the longest idle leaves, one in use never. What has no size takes no room."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], object]], *,
-                 sizes: Mapping[str, int] = {}, budget: int = 0):
+                 sizes: Mapping[str, int] = {}, budget: int = 0, places: int = 64):
         self.loaders, self.sizes, self.budget = dict(loaders), dict(sizes), budget
+        self.places = places                               # answers at a time, for each model
         self.room: dict[str, int] = {}                     # taken by models here, or on their way
         self.workers: dict[str, EngineWorker] = {}         # in order of last use
-        self._users = dict.fromkeys(self.loaders, 0)       # requests that hold the worker
+        self._loading: dict[str, Future] = {}              # those on their way
+        self._users = dict.fromkeys(self.loaders, 0)       # answers asked of each, loaded or not
         self._lock = threading.Lock()                      # for the tables above: never for long
-        self._loading = {name: threading.Lock() for name in self.loaders}
 
     @property
     def default(self) -> str:
         """The name that an empty or absent `model` means."""
         return next(iter(self.loaders))
 
-    @contextlib.contextmanager
-    def use(self, name: str = "") -> Iterator[EngineWorker]:
-        """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
+    @property
+    def asked(self) -> int:
+        """Answers that are being written or waited for, of all models together."""
+        return sum(self._users.values())
 
-        Raises ApiError: 404 for an unknown name, 429 when those in use leave no room.
+    @contextlib.contextmanager
+    def place(self, name: str = "", *, answers: int = 1) -> Iterator[str]:
+        """The model's name, and a place for each of `answers` until the `with` ends. Never blocks.
+
+        Raises ApiError: 404 for an unknown name, 429 when there are not so many places left.
         """
         name = name or self.default
         if name not in self.loaders:
             raise ApiError(404, f"no model {name!r}{nearest(name, self.loaders)}", param="model",
                            code="model_not_found")
         with self._lock:
-            self._users[name] += 1                         # from here on it does not leave
+            if self._users[name] and self._users[name] + answers > self.places:
+                raise ApiError(429, "too many requests are waiting", kind="rate_limit_error",
+                               headers={"Retry-After": "2"})
+            self._users[name] += answers                   # from here on it does not leave
         try:
-            yield self._worker(name)
+            yield name
         finally:
             with self._lock:
-                self._users[name] -= 1
+                self._users[name] -= answers
+
+    @contextlib.contextmanager
+    def use(self, name: str = "") -> Iterator[EngineWorker]:
+        """The worker of a model, which stays until the `with` ends; entering blocks while it loads.
+
+        Raises ApiError like `place`, and 429 when those in use leave no room.
+        """
+        with self.place(name) as name:
+            yield self.arriving(name).result()
 
     def close(self) -> None:
         """End every thread."""
@@ -522,21 +625,40 @@ class ModelPool:
 
 # %% ../nbs/16_server.ipynb #pool-loads
 @patch_to(ModelPool)
-def _worker(self: ModelPool, name: str) -> EngineWorker:
-    with self._loading[name]:                          # who wants the same model waits for it
-        if name not in self.workers:
-            with self._lock:
-                self._make_room(name)
-            try:
-                worker = EngineWorker(self.loaders[name]())    # others use theirs meanwhile
-            except BaseException:
-                self.room.pop(name)
-                raise
-            with self._lock:
-                self.workers[name] = worker
-        with self._lock:
+def arriving(self: ModelPool, name: str) -> Future:
+    """The worker of a model in which the caller has a place, now or once it has loaded.
+
+    Raises ApiError (429) when those in use leave no room; what the loader raised is in the future.
+    """
+    with self._lock:
+        if name in self.workers:
             self.workers[name] = self.workers.pop(name)    # now the most recent
-            return self.workers[name]
+            here: Future = Future()
+            here.set_result(self.workers[name])
+            return here
+        if name not in self._loading:
+            self._make_room(name)
+            self._loading[name] = Future()
+            self._loading[name].set_running_or_notify_cancel()    # one who leaves cancels nothing
+            threading.Thread(target=self._load, args=(name,), daemon=True, name="loader").start()
+        return self._loading[name]
+
+
+@patch_to(ModelPool)
+def _load(self: ModelPool, name: str) -> None:
+    """Load a model, in a thread of its own, and tell all who wait for it."""
+    loaded = self._loading[name]
+    try:
+        worker = EngineWorker(self.loaders[name]())
+    except BaseException as error:                         # whatever it is, nobody waits for ever
+        with self._lock:
+            del self.room[name], self._loading[name]
+        loaded.set_exception(error)
+        return
+    with self._lock:
+        self.workers[name] = worker
+        del self._loading[name]
+    loaded.set_result(worker)
 
 
 @patch_to(ModelPool)
@@ -575,6 +697,12 @@ class Job:
     def stop(self) -> tuple[str, ...]:
         return self.options.get("stop", ())
 
+    def dice(self, index: int) -> dict[str, int]:
+        """Where the random numbers of one answer come from: a fresh seed unless one was sent."""
+        seed = self.options.get("seed")
+        return {"seed": secrets.randbits(48) if seed is None else seed,
+                "sample": index % self.choices}
+
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts[::self.choices]))    # counted once, as OpenAI does
@@ -602,7 +730,7 @@ async def run_job(job: Job) -> AsyncIterator[tuple[int, list[tuple[str, str]], s
         if job.echo is not None or not wanted:
             shown = [] if job.echo is None else [("text", tokenizer.decode(prompt[job.echo:]))]
             yield index, merge_pieces(shown), None if wanted else "length"
-    tickets = {i: job.worker.submit(prompt, report(i), **job.options, sample=i)
+    tickets = {i: job.worker.submit(prompt, report(i), **job.options | job.dice(i))
                for i, prompt in enumerate(job.prompts) if wanted}
     try:
         while tickets:
@@ -639,6 +767,11 @@ def prose(pieces: list[tuple[str, str]]) -> str:
     return "".join(text for kind, text in pieces if kind == "text")
 
 
+def shown(pieces: list[tuple[str, str]]) -> str:
+    """All the text, of whatever kind."""
+    return "".join(text for _, text in pieces)
+
+
 def parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in pieces]
 
@@ -649,19 +782,20 @@ class Shape:
     id: str
     model: str
     chat: bool
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def envelope(self, choices: list[dict], *, chunk: bool) -> dict:
         kind = "text_completion"
         if self.chat:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model,
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
                 "choices": choices}
 
     def delta(self, index: int, pieces: list[tuple[str, str]], finish: str | None,
               logprobs: dict | None = None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
+            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
@@ -672,7 +806,7 @@ class Shape:
                logprobs: dict | None = None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": prose(pieces), "logprobs": logprobs,
+            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
@@ -706,14 +840,14 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
                chat: bool) -> list[int]:
     """Those of an answer's ids that are listed with their log-probabilities."""
-    shown, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
-    size = len(prose(shown.feed(ids) + shown.flush()))
-    if shown.stopped:
+    cut, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
+    size = len(shown(cut.feed(ids) + cut.flush()))
+    if cut.stopped:
         while size > 0:
-            size -= len(prose(plain.feed(ids[taken:taken + 1])))
+            size -= len(shown(plain.feed(ids[taken:taken + 1])))
             taken += 1
         return ids[:taken]
-    return ids[:-1] if chat and ids and ids[-1] == shown.end else ids
+    return ids[:-1] if chat and ids and ids[-1] == cut.end else ids
 
 # %% ../nbs/16_server.ipynb #logprobs-of
 async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
@@ -724,12 +858,14 @@ async def logprobs_of(job: Job, index: int, chat: bool) -> dict | None:
     tokenizer, prompt = job.worker.engine.tokenizer, job.prompts[index]
     ids = listed_ids(tokenizer, job.ids[index], job.stop, chat)
     scores = job.logprobs[index][:len(ids)]
-    if job.echo is not None:
+    if chat:
+        return chat_logprobs(tokenizer, ids, scores)
+    asked = [] if job.echo is None else prompt[job.echo:]
+    if asked:
         read = await asyncio.wrap_future(
             job.worker.call(lambda engine: token_scores(engine, prompt, top)))
-        ids = prompt[job.echo:] + ids
         scores = [Logprob(None, []), *read][job.echo:] + scores
-    return (chat_logprobs if chat else text_logprobs)(tokenizer, ids, scores)
+    return text_logprobs(tokenizer, asked, ids, scores)
 
 # %% ../nbs/16_server.ipynb #logprob-forms
 def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
@@ -740,50 +876,87 @@ def chat_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob
                         for token, (score, others) in zip(ids, scores)], "refusal": None}
 
 
-def text_logprobs(tokenizer: Tokenizer, ids: list[int], scores: Sequence[Logprob]) -> dict:
-    names = [token_name(tokenizer, token) for token in ids]
+def text_logprobs(tokenizer: Tokenizer, asked: list[int], ids: list[int],
+                  scores: Sequence[Logprob]) -> dict:
+    names = [token_name(tokenizer, token) for token in asked + ids]
     likeliest = [others and {token_name(tokenizer, t): s for t, s in others} | {name: score} or None
                  for name, (score, others) in zip(names, scores)]
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    sizes = (len(decode(tokenizer.decode_bytes([token]))) for token in ids)
     return {"tokens": names, "token_logprobs": [score for score, _ in scores],
-            "top_logprobs": likeliest, "text_offset": [0, *accumulate(sizes)][:-1]}
+            "top_logprobs": likeliest, "text_offset": text_offsets(tokenizer, asked, ids)}
+
+
+def text_offsets(tokenizer: Tokenizer, asked: list[int], ids: list[int]) -> list[int]:
+    """Where each token begins in the text that a client sees: the prompt if it was asked for, with
+    its special tokens by name, and the answer, in which they are not shown."""
+    decode, plain = codecs.getincrementaldecoder("utf-8")("replace").decode, PieceDecoder(tokenizer)
+    prompt = [len(decode(tokenizer.decode_bytes([token]))) for token in asked]
+    answer = [len(shown(plain.feed([token]))) for token in ids]
+    begin = len(tokenizer.decode(asked))
+    return [*accumulate(prompt, initial=0)][:-1] + [*accumulate(answer, initial=begin)][:-1]
 
 # %% ../nbs/16_server.ipynb #stream-answer
 async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
     """A request's server-sent events."""
+    later = {"usage": None} if include_usage else {}          # as OpenAI does: null until the last
     if shape.chat:
         for index in range(len(job.prompts)):
             start = {"index": index, "delta": {"role": "assistant", "content": ""},
                      "finish_reason": None}
             note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
-            yield sse(shape.envelope([start], chunk=True) | note)
+            yield sse(shape.envelope([start], chunk=True) | later | note)
     try:
         async with contextlib.aclosing(run_job(job)) as events:
             async for index, pieces, finish in events:
                 found = await logprobs_of(job, index, shape.chat) if finish else None
-                yield sse(shape.envelope([shape.delta(index, pieces, finish, found)], chunk=True))
+                delta = shape.delta(index, pieces, finish, found)
+                yield sse(shape.envelope([delta], chunk=True) | later)
     except ApiError as error:                              # the status line has long been sent
         yield sse(error.response.body.decode())
+        return
+    except Exception as error:                             # nor may its text be told, as above
+        tell("stream failed", level=logging.ERROR, error=type(error).__name__)
+        yield sse(failure().body.decode())
         return
     if include_usage:
         yield sse(shape.envelope([], chunk=True) | {"usage": usage(job)})
     yield sse("[DONE]")
 
 # %% ../nbs/16_server.ipynb #whole-answer
-async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
-    """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
+async def written(job: Job, shape: Shape) -> dict:
+    """A request's answer as one object."""
     pieces, reasons = [[] for _ in job.prompts], [None] * len(job.prompts)
     async with contextlib.aclosing(run_job(job)) as events:
         async for index, new, finish in events:
             pieces[index] += new
             reasons[index] = finish or reasons[index]
-            if await request.is_disconnected():
-                return Response(status_code=499)
     choices = [shape.choice(i, merge_pieces(p), r, await logprobs_of(job, i, shape.chat))
                for i, (p, r) in enumerate(zip(pieces, reasons))]
     note = {"nanochat": {"dropped_turns": job.dropped_turns}} if job.dropped_turns else {}
-    return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": usage(job)} | note)
+    return shape.envelope(choices, chunk=False) | {"usage": usage(job)} | note
+
+
+async def hung_up(request: Request) -> None:
+    """Return when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine) -> dict | None:
+    """What `work` returns, or None when the client hangs up first; `work` has then ended, too."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(hung_up(request))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
+    """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
+    answer = await unless_gone(request, written(job, shape))
+    return Response(status_code=499) if answer is None else JSONResponse(answer)
 
 # %% ../nbs/16_server.ipynb #chat-job
 def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
@@ -795,7 +968,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
     context = worker.engine.max_len
     wanted = min(body.max_completion_tokens or body.max_tokens or limits.max_tokens,
                  limits.max_tokens)
-    ids, dropped = chat_prompt(worker.engine.tokenizer, [m.plain() for m in body.messages],
+    ids, dropped = chat_prompt(worker.engine.tokenizer, in_turns(body.messages),
                                max_len=context - min(wanted, context // 2))
     options = sampling_options(body, wanted, context - len(ids)) | {
         "tools": True, "logprobs": body.top}
@@ -806,9 +979,7 @@ def chat_job(worker: EngineWorker, body: ChatRequest, limits: Limits) -> Job:
 def completion_job(worker: EngineWorker, body: CompletionRequest, limits: Limits) -> Job:
     """A plain completion made ready for the engine: the text goes on after <|bos|>, without
     tools."""
-    tokenizer, prompt = worker.engine.tokenizer, body.prompt
-    one = isinstance(prompt, str) or prompt and isinstance(prompt[0], int)
-    many = [prompt] if one else prompt
+    tokenizer, many = worker.engine.tokenizer, body.prompts
     rows = [tokenizer.encode(p, prepend="<|bos|>") if isinstance(p, str) else p for p in many]
     check_rows(rows, tokenizer.vocab_size, worker.engine.max_len)
     wanted = min(16 if body.max_tokens is None else body.max_tokens, limits.max_tokens)
@@ -833,11 +1004,11 @@ def check_rows(rows: list[list[int]], vocab_size: int, context: int) -> None:
 
 # %% ../nbs/16_server.ipynb #sampling-options
 def sampling_options(body: Sampling, wanted: int, room: int) -> dict:
-    """The engine's keyword arguments. Without a seed each request draws a fresh one."""
+    """The engine's keyword arguments."""
     return {"max_new_tokens": min(wanted, room), "stop": body.stops(),
             "top_k": body.top_k, "top_p": body.top_p, "min_p": body.min_p or 0.0,
             "temperature": TEMPERATURE if body.temperature is None else body.temperature,
-            "seed": secrets.randbits(48) if body.seed is None else body.seed}
+            "seed": body.seed}
 
 # %% ../nbs/16_server.ipynb #metrics
 class Metrics:
@@ -926,6 +1097,13 @@ def note_request(metrics: Metrics, path: str, state: dict, start: float, *, stat
         tell("request", **facts)
 
 # %% ../nbs/16_server.ipynb #create-app
+def refuse_strangers(request: Request) -> None:
+    """Raise ApiError for a request that a page of another site has sent."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ApiError(403, "requests from another site's pages are not answered")
+
+
 def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]], *,
                name: str = "nanochat",
                device: str | None = None, dtype=None, limits: Limits = Limits(), api_key: str = "",
@@ -944,14 +1122,15 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
     metrics = Metrics()
     pool = ModelPool(model_loaders(found, device, dtype) or named_engines(source, name),
                      sizes={model: model_bytes(*where) for model, where in found.items()},
-                     budget=budget)
+                     budget=budget, places=limits.requests)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         yield
         pool.close()
 
-    app = FastAPI(title="nanochat_nb", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat_nb", docs_url=None, redoc_url=None, lifespan=lifespan,
+                  dependencies=[Depends(refuse_strangers)])
     app.state.pool = pool
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
@@ -993,24 +1172,18 @@ class EventStream(StreamingResponse):
 # %% ../nbs/16_server.ipynb #answer-request
 async def answer_request(pool: ModelPool, limits: Limits, request: Request, body: Sampling,
                          prepare: Callable, kind: str) -> Response:
-    """Find the model, check the limits, and answer: whole, or as a stream."""
+    """Take a place for each answer, find the model, and answer: whole, or as a stream."""
+    most = limits.choices
+    if body.answers > most:
+        raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
+                       param="n")
     with contextlib.ExitStack() as held:
-        worker = await run_in_threadpool(held.enter_context, pool.use(body.model))
-        full = ApiError(429, "too many requests are waiting", kind="rate_limit_error",
-                        headers={"Retry-After": "2"})
-        if worker.waiting >= limits.requests:
-            raise full
+        name = held.enter_context(pool.place(body.model, answers=body.answers))
+        worker = await asyncio.wrap_future(pool.arriving(name))
         if body.top is not None and not hasattr(worker.engine, "model"):
             raise ApiError(400, "logprobs are not available here", param="logprobs")
-        most = limits.choices
-        job = (await run_in_threadpool(prepare, worker, body, limits) if (body.n or 1) <= most
-               else None)                                    # a long conversation takes its time
-        if job is None or len(job.prompts) > most:
-            raise ApiError(400, f"more than {most} answers in one request; the limit is {most}",
-                           param="n")
-        if worker.waiting and worker.waiting + len(job.prompts) > limits.requests:
-            raise full
-        name = body.model or pool.default
+        # a long conversation takes its time
+        job = await run_in_threadpool(prepare, worker, body, limits)
         request.state.job, request.state.model = job, name
         shape = Shape(f"{kind}-{secrets.token_hex(12)}", name, kind == "chatcmpl")
         if not body.stream:
@@ -1023,25 +1196,25 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
                metrics: Metrics) -> None:
     """Connect the API's paths to the functions above."""
 
-    def authorize(request: Request) -> None:
+    def known(request: Request) -> bool:
         given = request.headers.get("authorization", "")
-        if api_key and not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+        return not api_key or secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode())
+
+    def authorize(request: Request) -> None:
+        if not known(request):
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
 
     def describe(name: str) -> dict:
         return {"id": name, "object": "model", "created": 0, "owned_by": "nanochat_nb"}
 
-    def waiting() -> int:
-        return sum(worker.waiting for worker in list(pool.workers.values()))
-
     @app.get("/health")
-    def health() -> dict:
-        return {"status": "ok", "loaded": list(pool.workers),
-                "requests": waiting()}
+    def health(request: Request) -> dict:
+        details = {"loaded": list(pool.workers), "requests": pool.asked}
+        return {"status": "ok"} | (details if known(request) else {})
 
     @app.get("/metrics", dependencies=[Depends(authorize)])
     async def prometheus() -> PlainTextResponse:
-        now = {"nanochat_requests_waiting": waiting(), "nanochat_models_loaded": len(pool.workers)}
+        now = {"nanochat_requests_waiting": pool.asked, "nanochat_models_loaded": len(pool.workers)}
         return PlainTextResponse(metrics_text(metrics, now), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=[Depends(authorize)])
@@ -1064,6 +1237,16 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
         return await answer_request(pool, limits, request, body, completion_job, "cmpl")
 
 # %% ../nbs/16_server.ipynb #check-port
+def api_key() -> str:
+    """The key in NANOCHAT_NB_API_KEY, empty when there is none. Raises UserError for one that no
+    client could send."""
+    key = os.environ.get("NANOCHAT_NB_API_KEY", "")
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UserError("NANOCHAT_NB_API_KEY may have printable ASCII characters only, and no "
+                        "space at its ends: others do not survive an HTTP header")
+    return key
+
+
 def check_port(host: str, port: int) -> None:
     """Raise UserError when something already listens there, or it is no port."""
     if not 1 <= port <= 65535:
@@ -1082,10 +1265,10 @@ GRACE = 5                                   # seconds that answers may take to e
 
 def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
           device: str | None = None, memory: int | None = None) -> None:
-    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, or an open
-    door without a key."""
+    """Serve a run until interrupted. Raises UserError for a missing run, a busy port, a key
+    that cannot be sent, or an open door without a key."""
     import uvicorn
-    key = os.environ.get("NANOCHAT_NB_API_KEY", "")
+    key = api_key()
     local = host in ("127.0.0.1", "localhost", "::1")
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
