@@ -203,7 +203,6 @@ def _filter() -> bytes:
     lines += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
-
 # %% ../nbs/07_execution.ipynb #visible
 def _visible() -> list[str]:
     """Directories and files that a Python program needs to start: the system's libraries and the
@@ -221,7 +220,7 @@ def _interpreter() -> str:
 
 # %% ../nbs/07_execution.ipynb #bubblewrap-options
 SCRATCH_BYTES = 64 << 20                                     # what the program may write in /tmp
-_SCRATCH_FILES = 10_000
+_SCRATCH_FILES = 10_000                                      # and how many, in the box by hand
 
 
 @functools.lru_cache
@@ -255,9 +254,9 @@ def _bubblewrap(as_root: bool, refused: int) -> list[str]:
 
 # %% ../nbs/07_execution.ipynb #call
 _CALLS = r'''
-import ctypes, os, platform, re, struct, sys
+import ctypes, os, platform, struct, sys
 root, scratch, user, paths, rules, *command = sys.argv[1:]
-user, paths = int(user), paths.split("\n")
+root, user, paths = os.path.realpath(root), int(user), paths.split("\n")
 libc = ctypes.CDLL(None, use_errno=True)
 def call(name, *args):
     args = [ctypes.c_char_p(os.fsencode(a)) if isinstance(a, str)
@@ -298,12 +297,12 @@ for path in paths + ["/dev/null", "/dev/urandom"]:
         os.makedirs(os.path.dirname(inside), exist_ok=True)
         open(inside, "w").close()
     call("mount", path, inside, None, BIND | REC, None)
-with open("/proc/self/mountinfo", "rb") as f: mounts = [line.split()[4] for line in f]
-for point in mounts:
-    point = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), point)
-    inside = os.fsdecode(point)
-    shown = inside.startswith(root + "/") and not inside.startswith(root + "/dev/")
-    if shown and os.path.exists(inside):      # one that another covers is out of reach
+def written(name): return os.fsdecode(name.decode("unicode_escape").encode("latin-1"))
+with open("/proc/self/mountinfo", "rb") as f: mounts = [written(line.split()[4]) for line in f]
+mounts = [m for m in mounts if m.startswith(root + "/") and not m.startswith(root + "/dev/")]
+if not {root + path for path in paths} <= {*mounts}: raise OSError("a mount is not listed")
+for inside in mounts:
+    if os.path.exists(inside):                # one that another covers is out of reach
         flags = os.statvfs(inside).f_flag & (2 | 4 | 8 | 1024 | 2048)     # set outside: kept
         call("mount", None, inside, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV | flags, None)
 os.mkdir(root + "/tmp")
