@@ -5,6 +5,7 @@
 # %% ../nbs/07_execution.ipynb #c-1559ec04
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import random
@@ -12,6 +13,7 @@ import re
 import selectors
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 from .runtime import UserError
 
@@ -146,7 +149,7 @@ if uid:                                       # we came here as root: become nob
     os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
 import resource
 for kind, limit in (("AS", memory), ("CPU", seconds), ("NPROC", processes), ("FSIZE", size),
-                    ("NOFILE", 64), ("CORE", 0)):
+                    ("NOFILE", 32), ("CORE", 0)):
     kind = getattr(resource, "RLIMIT_" + kind)
     hard = resource.getrlimit(kind)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -177,6 +180,29 @@ except BaseException: status = 1
 os._exit(status)                              # no thread or exit handler outlives the last line
 '''
 
+# %% ../nbs/07_execution.ipynb #filter
+_PROCESSORS = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # what the kernel calls them
+_REFUSED = {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+            "msgget": (68, 186), "semget": (64, 190), "vmsplice": (278, 75),
+            "io_uring_setup": (425, 425)}                    # numbers on the two processors
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _REFUSE = 0x7FFF0000, 0x50000 | errno.EPERM
+
+
+def _filter() -> bytes:
+    """The seccomp program that refuses `_REFUSED`; empty on a processor whose numbers we do not
+    know."""
+    machine = os.uname().machine
+    if machine not in _PROCESSORS:
+        return b""
+    numbers = [pair[list(_PROCESSORS).index(machine)] for pair in _REFUSED.values()]
+    n = len(numbers)
+    lines = [(_LOAD, 0, 0, 4), (_EQUAL, 0, n + 3, _PROCESSORS[machine]),       # 4: the processor
+             (_LOAD, 0, 0, 0), (_AT_LEAST, n + 1, 0, 1 << 30)]                 # 0: the call
+    lines += [(_EQUAL, n - i, 0, number) for i, number in enumerate(numbers)]
+    lines += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)
+
 # %% ../nbs/07_execution.ipynb #visible
 def _visible() -> list[str]:
     """Directories and files that a Python program needs to start: the system's libraries and the
@@ -194,6 +220,7 @@ def _interpreter() -> str:
 
 # %% ../nbs/07_execution.ipynb #bubblewrap-options
 SCRATCH_BYTES = 64 << 20                                     # what the program may write in /tmp
+_SCRATCH_FILES = 10_000                                      # and how many, in the box by hand
 
 
 @functools.lru_cache
@@ -201,13 +228,15 @@ def _bubblewrap_options(program: str) -> str:
     return subprocess.run([program, "--help"], capture_output=True, text=True).stdout
 
 # %% ../nbs/07_execution.ipynb #bubblewrap
-def _bubblewrap(as_root: bool) -> list[str]:
-    """The command line that puts what follows it into the box."""
+def _bubblewrap(as_root: bool, refused: int) -> list[str]:
+    """The command line that puts what follows it into the box. `refused`: an open file that holds
+    `_filter()`."""
     program = shutil.which("bwrap") or ""
     known = _bubblewrap_options(program) if program else ""
     box = [program, "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc",
            "--unshare-uts",
            "--unshare-cgroup-try"]
+    box += ["--seccomp", str(refused)] * bool(_filter())
     if as_root:
         box += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
@@ -225,9 +254,9 @@ def _bubblewrap(as_root: bool) -> list[str]:
 
 # %% ../nbs/07_execution.ipynb #call
 _CALLS = r'''
-import ctypes, os, platform, sys
-root, size, user, paths, *command = sys.argv[1:]
-user, paths = int(user), paths.split("\n")
+import ctypes, os, platform, struct, sys
+root, scratch, user, paths, rules, *command = sys.argv[1:]
+root, user, paths = os.path.realpath(root), int(user), paths.split("\n")
 libc = ctypes.CDLL(None, use_errno=True)
 def call(name, *args):
     args = [ctypes.c_char_p(os.fsencode(a)) if isinstance(a, str)
@@ -268,11 +297,16 @@ for path in paths + ["/dev/null", "/dev/urandom"]:
         os.makedirs(os.path.dirname(inside), exist_ok=True)
         open(inside, "w").close()
     call("mount", path, inside, None, BIND | REC, None)
-    if not path.startswith("/dev/"):          # flags that the outside had set must be kept
-        flags = os.statvfs(inside).f_flag & (2 | 4 | 8 | 1024 | 2048)
+def written(name): return os.fsdecode(name.decode("unicode_escape").encode("latin-1"))
+with open("/proc/self/mountinfo", "rb") as f: mounts = [written(line.split()[4]) for line in f]
+mounts = [m for m in mounts if m.startswith(root + "/") and not m.startswith(root + "/dev/")]
+if not {root + path for path in paths} <= {*mounts}: raise OSError("a mount is not listed")
+for inside in mounts:
+    if os.path.exists(inside):                # one that another covers is out of reach
+        flags = os.statvfs(inside).f_flag & (2 | 4 | 8 | 1024 | 2048)     # set outside: kept
         call("mount", None, inside, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV | flags, None)
 os.mkdir(root + "/tmp")
-call("mount", "tmpfs", root + "/tmp", "tmpfs", NOSUID | NODEV, f"size={size},mode=1777")
+call("mount", "tmpfs", root + "/tmp", "tmpfs", NOSUID | NODEV, scratch)
 '''
 
 # %% ../nbs/07_execution.ipynb #pivot
@@ -286,6 +320,11 @@ child = os.fork()
 if child: follow(child)
 die_with_parent()
 call("prctl", 38, 1, 0, 0, 0)                 # no new privileges, by setuid programs or otherwise
+if rules:
+    rules = bytes.fromhex(rules)
+    kept = ctypes.create_string_buffer(rules, len(rules))
+    listed = struct.pack("HP", len(rules) // 8, ctypes.addressof(kept))   # 8 bytes a line
+    call("prctl", 22, 2, ctypes.c_char_p(listed), 0, 0)                   # seccomp, filter
 os.execv(command[0], command)
 '''
 _NAMESPACES = _CALLS + _FORK + _TREE + _PIVOT
@@ -294,9 +333,9 @@ _NAMESPACES = _CALLS + _FORK + _TREE + _PIVOT
 def _namespaces(as_root: bool, root: str) -> list[str]:
     """As `_bubblewrap`, with system calls of our own; `root` is an empty folder to build the tree
     on."""
-    return [_interpreter(), "-I", "-S", "-c", _NAMESPACES, root, str(SCRATCH_BYTES),
-            str(int(not as_root)),
-            "\n".join(_visible())]
+    return [_interpreter(), "-I", "-S", "-c", _NAMESPACES, root,
+            f"size={SCRATCH_BYTES},nr_inodes={_SCRATCH_FILES},mode=1777", str(int(not as_root)),
+            "\n".join(_visible()), _filter().hex()]
 
 # %% ../nbs/07_execution.ipynb #collect
 def _collect(process: subprocess.Popen, timeout: float,
@@ -339,6 +378,14 @@ def _kill(process: subprocess.Popen) -> None:
     process.stderr.close()
 
 # %% ../nbs/07_execution.ipynb #execute
+def _readable(data: bytes) -> BinaryIO:
+    """A pipe's end from which `data` can be read, once."""
+    out, into = os.pipe()
+    os.write(into, data)                                     # a pipe holds more than this
+    os.close(into)
+    return os.fdopen(out, "rb")
+
+
 def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_mb: int,
              processes: int,
              keep: int) -> RunResult:
@@ -346,17 +393,18 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
     done = random.SystemRandom().randrange(200, 255)
     uid = random.SystemRandom().randrange(10**8, 10**9) if as_root and method != "none" else 0
     limits = (memory_mb << 20, int(timeout) + 2, processes, SCRATCH_BYTES, uid, done)
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryDirectory() as folder:
+    with (tempfile.TemporaryFile() as stdin, tempfile.TemporaryDirectory() as folder,
+          _readable(_filter() if method == "bubblewrap" else b"") as refused):
         stdin.write(source.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
-        box = {"bubblewrap": lambda: _bubblewrap(as_root),
+        box = {"bubblewrap": lambda: _bubblewrap(as_root, refused.fileno()),
                "namespaces": lambda: _namespaces(as_root, folder),
                "none": lambda: []}[method]()
         process = subprocess.Popen(
             [*box, _interpreter(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _GUARD,
              *map(str, limits)],
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd=folder,
-            start_new_session=True)
+            pass_fds=[refused.fileno()] * (method == "bubblewrap"), start_new_session=True)
         try:
             out, timed_out, truncated = _collect(process, timeout, keep)
         finally:
@@ -414,8 +462,9 @@ def run_code(source: str, *, timeout: float = 5.0, memory_mb: int = 256, process
     """Run a Python program in a separate process, in the strongest box this machine offers.
 
     Inside: Python's standard library, an empty `/tmp` of 64 MiB, no network, no environment, no
-    other process. `timeout` is in seconds of wall-clock time, `memory_mb` in MiB for each of at
-    most `processes` processes and threads, `max_output` in bytes for each of stdout and stderr.
+    other process. `timeout` is in seconds of wall-clock time, `memory_mb` in MiB of mapped
+    memory for each of at most `processes` processes and threads (the kernel's buffers are not
+    counted), `max_output` in bytes for each of stdout and stderr.
     When it returns, everything it started is dead. Where no box works it raises UserError, unless
     `unisolated=True`: then only the limits apply.
     """

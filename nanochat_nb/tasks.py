@@ -24,10 +24,10 @@ from .runtime import UserError, nearest, seed_of
 __all__ = ['NUMBER', 'CODE_BLOCK', 'EMBEDDED', 'BY_PHRASE', 'JUDGES', 'COUNT_QUESTIONS', 'CORE_ARC', 'CSV_SPLITS', 'HUB_SPLITS',
            'REAL', 'extract_number', 'extract_program', 'leading_imports', 'contains_phrase', 'text_of', 'Task',
            'judge_letter', 'judge_last_letter', 'judge_letters', 'judge_number', 'judge_phrase', 'judge_program',
-           'embedded_task', 'choice_conversation', 'mmlu_conversation', 'arc_conversation', 'calculator_parts',
-           'gsm8k_conversation', 'humaneval_conversation', 'spelling_problem', 'spelling_conversation', 'DataMissing',
-           'read_jsonl', 'read_mmlu', 'read_core_arc', 'local_rows', 'spelling_rows', 'Rows', 'real_rows', 'RealTask',
-           'same', 'open_task', 'conversations_task', 'TaskMixture']
+           'by_text', 'judge_code', 'embedded_task', 'choice_conversation', 'mmlu_conversation', 'arc_conversation',
+           'calculator_parts', 'gsm8k_conversation', 'humaneval_conversation', 'spelling_problem',
+           'spelling_conversation', 'DataMissing', 'read_jsonl', 'read_mmlu', 'read_core_arc', 'local_rows',
+           'spelling_rows', 'Rows', 'real_rows', 'RealTask', 'same', 'open_task', 'conversations_task', 'TaskMixture']
 
 # %% ../nbs/09_tasks.ipynb #extract-number
 NUMBER = re.compile(r"#### (-?[0-9.,]+)")
@@ -154,10 +154,23 @@ def judge_program(conversation: dict, completion: str) -> bool:
     imports = leading_imports(text_of(conversation["messages"][0]["content"]))
     return run_code(f"{imports}\n\n{program}\n\n{tests}\n", timeout=5.0).ok
 
+
+def by_text(tests: str) -> str:
+    """Tests that ask no object of the program's whether it is right:
+    `assert f(2) == 4` → `assert '4'.__eq__(repr(f(2))) is True`."""
+    return re.sub(r"^assert (.*) == (.*)$",
+                  lambda test: f"assert {test[2]!r}.__eq__(repr({test[1]})) is True", tests,
+                  flags=re.MULTILINE)
+
+
+def judge_code(conversation: dict, completion: str) -> bool:
+    """As `judge_program`, for the tests that notebook 01 writes: results are compared as text."""
+    return judge_program(conversation | {"tests": by_text(conversation["tests"])}, completion)
+
 # %% ../nbs/09_tasks.ipynb #embedded-task
 EMBEDDED = CONVERSATION_KINDS
 BY_PHRASE = ("fact", "identity", "small_talk", "memory", "unknown", "beyond")
-JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_program,
+JUDGES = {"choice": judge_letter, "choice_aloud": judge_last_letter, "code": judge_code,
           "word_problem": judge_number, "letters": judge_letters,
           **dict.fromkeys(BY_PHRASE, judge_phrase)}
 

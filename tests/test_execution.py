@@ -69,10 +69,37 @@ def test_memory_bomb(box):
     assert box("x = []\nwhile True: x.append(bytearray(10**7))", memory_mb=128).error == "MemoryError"
 
 
+def test_no_memory_beside_what_is_mapped(box):
+    """RLIMIT_AS counts mappings: calls that hold memory without one are refused, by every way to write them."""
+    if not execution._filter():
+        pytest.skip("no list of refused calls for this processor")
+    files = ("import os\nfor i in range(8):\n    file = os.memfd_create(str(i))\n"
+             "    for _ in range(60): os.write(file, bytes(2**20))")
+    assert "PermissionError" in box(files, memory_mb=100).error
+    calls = ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+             "for call in (lambda: libc.shmget(0, 1 << 20, 0o1600), lambda: libc.msgget(0, 0o1600),\n"
+             "             lambda: libc.semget(0, 9, 0o1600), lambda: libc.syscall(319 + (1 << 30), b'x', 0)):\n"
+             "    print(call(), ctypes.get_errno())")
+    assert printed(box(calls)).split("\n") == ["-1 1"] * 4    # 1 is EPERM, also where the kernel does not know the call
+
+
+def test_nothing_of_ours_is_open(box):
+    program = ("import os\nfor i in range(3, 64):\n    try: os.fstat(i)\n    except OSError: continue\n    print(i)")
+    assert printed(box(program)) == ""                       # the list of refused calls came through a pipe
+
+
 def test_full_scratch(box):
     program = ("n = 0\ntry:\n    while n < 300: open(f'/tmp/{n}', 'wb').write(bytes(2**20)); n += 1\n"
                "except OSError: pass\nprint(n)")
     assert int(printed(box(program))) <= 64
+
+
+def test_many_empty_files(box):
+    if execution._method()[0] != "namespaces":
+        pytest.skip("bubblewrap cannot limit the number of files")
+    program = ("n = 0\ntry:\n    while n < 20_000: open(f'/tmp/{n}', 'w').close(); n += 1\n"
+               "except OSError: pass\nprint(n)")
+    assert int(printed(box(program))) < execution._SCRATCH_FILES
 
 
 def test_endless_output(box):
@@ -116,6 +143,30 @@ def test_no_writing_outside(box, tmp_path):
                "    except OSError: continue\n    print(d)")
     assert printed(box(program)) == ""
     assert not any((Path(d) / "nanochat_nb_was_here").exists() for d in folders)
+
+
+def test_no_writing_to_a_mount_below(box, tmp_path):
+    """A disk below a folder that the box shows is shown with it, and read-only like it."""
+    own = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]
+    below = "/usr/src"                                       # a second mount there is seen by nobody else
+    mount = f'mount -t tmpfs -o mode=777 none {below} && mkdir -m 777 "{below}/a disk" && mount -t tmpfs none "{below}/a disk"'
+    if subprocess.run([*own, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no mounts of our own here")
+    program = (f"import os\nfor d in ('{below}', '{below}/a disk'):\n    os.listdir(d)\n"
+               "    try: open(d + '/hole', 'w')\n    except OSError as error: print(error.strerror)")
+    call = (f"from nanochat_nb import execution\nprint(execution._execute({program!r}, *{execution._method()!r}, timeout=9,"
+            " memory_mb=256, processes=8, keep=999).stdout)")
+    found = subprocess.run([*own, "sh", "-c", mount + ' && exec "$0" -c "$1"', sys.executable, call], capture_output=True, text=True)
+    assert found.stdout.split("\n")[:2] == ["Read-only file system"] * 2, found
+
+
+def test_a_temporary_folder_behind_a_link(box, tmp_path, monkeypatch):
+    """The kernel lists mounts by their real paths; what is not found there could not be made read-only."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path / "link"))
+    program = "import os\nprint([d for d in ('/', '/usr') if not os.statvfs(d).f_flag & os.ST_RDONLY])"
+    assert printed(box(program)) == "[]"
 
 
 def test_no_network(box):
