@@ -21,8 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import (AsyncIterator, Callable, Coroutine, Iterator, Mapping,
-                             Sequence)
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -53,11 +52,12 @@ __all__ = ['log', 'StopString', 'NotHere', 'ROWS', 'GRACE', 'ScriptedEngine', 't
            'held_back', 'merge_pieces', 'Limits', 'Part', 'Message', 'in_turns', 'joined', 'StreamOptions',
            'says_nothing', 'Sampling', 'ChatRequest', 'CompletionRequest', 'error_response', 'failure', 'ApiError',
            'add_error_handlers', 'BodyLimit', 'find_models', 'model_bytes', 'half_of_memory', 'ModelPool', 'Job',
-           'run_job', 'sse', 'usage', 'prose', 'shown', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
-           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'text_offsets', 'stream_answer', 'written', 'hung_up',
+           'run_job', 'sse', 'usage', 'prose', 'all_text', 'parts', 'Shape', 'token_scores', 'token_name', 'listed_ids',
+           'logprobs_of', 'chat_logprobs', 'text_logprobs', 'text_offsets', 'stream_answer', 'answer_body', 'hung_up',
            'unless_gone', 'whole_answer', 'chat_job', 'completion_job', 'check_rows', 'sampling_options', 'Metrics',
            'metrics_text', 'Observe', 'note_request', 'refuse_strangers', 'create_app', 'model_loaders',
-           'named_engines', 'EventStream', 'answer_request', 'add_routes', 'api_key', 'check_port', 'serve', 'main']
+           'named_engines', 'EventStream', 'answer_request', 'add_routes', 'key_for_clients', 'check_port', 'serve',
+           'main']
 
 # %% ../nbs/16_server.ipynb #scriptedengine
 class ScriptedEngine:
@@ -290,7 +290,7 @@ class Limits:
     body_bytes: int = 1 << 20
     max_tokens: int = 2048            # new tokens in one answer
     messages: int = 1000
-    requests: int = 64                # running or waiting; more are told to come back (429)
+    requests: int = 64                # answers at a time, of each model; more: come back (429)
     choices: int = 16                 # `n`, and prompts in one completion request
 
 # %% ../nbs/16_server.ipynb #part
@@ -767,7 +767,7 @@ def prose(pieces: list[tuple[str, str]]) -> str:
     return "".join(text for kind, text in pieces if kind == "text")
 
 
-def shown(pieces: list[tuple[str, str]]) -> str:
+def all_text(pieces: list[tuple[str, str]]) -> str:
     """All the text, of whatever kind."""
     return "".join(text for _, text in pieces)
 
@@ -795,7 +795,7 @@ class Shape:
               logprobs: dict | None = None) -> dict:
         """One streamed choice."""
         if not self.chat:
-            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
+            return {"index": index, "text": all_text(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         delta = {"content": prose(pieces)} if prose(pieces) else {}
         if any(kind != "text" for kind, _ in pieces):
@@ -806,7 +806,7 @@ class Shape:
                logprobs: dict | None = None) -> dict:
         """One complete choice."""
         if not self.chat:
-            return {"index": index, "text": shown(pieces), "logprobs": logprobs,
+            return {"index": index, "text": all_text(pieces), "logprobs": logprobs,
                     "finish_reason": finish}
         message = {"role": "assistant", "content": prose(pieces), "refusal": None,
                    "nanochat": {"parts": parts(pieces)}}
@@ -841,10 +841,10 @@ def listed_ids(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...],
                chat: bool) -> list[int]:
     """Those of an answer's ids that are listed with their log-probabilities."""
     cut, plain, taken = PieceDecoder(tokenizer, stop), PieceDecoder(tokenizer), 0
-    size = len(shown(cut.feed(ids) + cut.flush()))
+    size = len(all_text(cut.feed(ids) + cut.flush()))
     if cut.stopped:
         while size > 0:
-            size -= len(shown(plain.feed(ids[taken:taken + 1])))
+            size -= len(all_text(plain.feed(ids[taken:taken + 1])))
             taken += 1
         return ids[:taken]
     return ids[:-1] if chat and ids and ids[-1] == cut.end else ids
@@ -890,7 +890,7 @@ def text_offsets(tokenizer: Tokenizer, asked: list[int], ids: list[int]) -> list
     its special tokens by name, and the answer, in which they are not shown."""
     decode, plain = codecs.getincrementaldecoder("utf-8")("replace").decode, PieceDecoder(tokenizer)
     prompt = [len(decode(tokenizer.decode_bytes([token]))) for token in asked]
-    answer = [len(shown(plain.feed([token]))) for token in ids]
+    answer = [len(all_text(plain.feed([token]))) for token in ids]
     begin = len(tokenizer.decode(asked))
     return [*accumulate(prompt, initial=0)][:-1] + [*accumulate(answer, initial=begin)][:-1]
 
@@ -922,7 +922,7 @@ async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIte
     yield sse("[DONE]")
 
 # %% ../nbs/16_server.ipynb #whole-answer
-async def written(job: Job, shape: Shape) -> dict:
+async def answer_body(job: Job, shape: Shape) -> dict:
     """A request's answer as one object."""
     pieces, reasons = [[] for _ in job.prompts], [None] * len(job.prompts)
     async with contextlib.aclosing(run_job(job)) as events:
@@ -955,7 +955,7 @@ async def unless_gone(request: Request, work: Coroutine) -> dict | None:
 
 async def whole_answer(job: Job, shape: Shape, request: Request) -> Response:
     """A request's one JSON answer; a client that hangs up meanwhile frees its rows."""
-    answer = await unless_gone(request, written(job, shape))
+    answer = await unless_gone(request, answer_body(job, shape))
     return Response(status_code=499) if answer is None else JSONResponse(answer)
 
 # %% ../nbs/16_server.ipynb #chat-job
@@ -1237,7 +1237,7 @@ def add_routes(app: FastAPI, pool: ModelPool, limits: Limits, api_key: str,
         return await answer_request(pool, limits, request, body, completion_job, "cmpl")
 
 # %% ../nbs/16_server.ipynb #check-port
-def api_key() -> str:
+def key_for_clients() -> str:
     """The key in NANOCHAT_NB_API_KEY, empty when there is none. Raises UserError for one that no
     client could send."""
     key = os.environ.get("NANOCHAT_NB_API_KEY", "")
@@ -1268,7 +1268,7 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 8000,
     """Serve a run until interrupted. Raises UserError for a missing run, a busy port, a key
     that cannot be sent, or an open door without a key."""
     import uvicorn
-    key = api_key()
+    key = key_for_clients()
     local = host in ("127.0.0.1", "localhost", "::1")
     if not local and not key:
         raise UserError(f"{host} can be reached by others: set NANOCHAT_NB_API_KEY first")
