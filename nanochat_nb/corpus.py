@@ -187,7 +187,7 @@ BEDS = _list("""under the stove, in a basket, on the roof, in the barn, on a cus
 # what some kinds of animal cannot do, and where they do not fit: value → species
 _BIG = _list("goat, horse, sheep, donkey, pony, pig")
 _SLOW = _list("duck, hen, goose, hedgehog, tortoise")
-UNFIT = dict.fromkeys(_list("""under the stove, in a basket, on the roof, on a cushion, behind the
+UNFIT = dict.fromkeys(_list("""under the stove, in a basket, on a cushion, behind the
     door, under the stairs, in a hat box, in the kitchen"""), _BIG)
 UNFIT |= {"climb ladders": _BIG + _SLOW, "jump over fences": _SLOW, "on the roof": _BIG + _SLOW,
           "catch a ball": ("tortoise",), "chase leaves": ("tortoise",)}
@@ -513,7 +513,8 @@ def _settle(world: World, rng: random.Random, add: Callable, simple: dict) -> No
 
 
 def _possible(entity: Entity, relation: str) -> bool:
-    """Whether the species or the name of `entity` allows its value of `relation`."""
+    """Whether the species of `entity`, or the first word of its name that says what it
+    is made of, allows its value of `relation`."""
     value = entity[relation]
     if entity.kind == "animal":
         return entity["species"] not in UNFIT.get(value, ())
@@ -639,7 +640,7 @@ def _episode(world: World, rng: random.Random, plot: dict, hero: Entity, compani
     def tell(*lists: tuple[str, ...]) -> str:         # a line that no chapter before has had
         while True:
             line = pick(rng, pick(rng, lists))
-            if line not in used and (apart or "{c_town}" not in line):    # no town of his own
+            if line not in used and (apart or "{c_town}" not in line):  # not their own
                 used.add(line)
                 return capital(say(line, rng, names))
 

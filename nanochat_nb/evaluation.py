@@ -980,7 +980,8 @@ def examine_base(model: GPT, tokenizer: Tokenizer, folder: Path, texts: dict,
     return out | {
         "tasks": result["tasks"], "core": result, "tokens": result["tokens"],
         "metrics": {name: result["partial"]} if result["tasks"] else {},
-        "skipped": {f"core: {label}": "no file in core/eval_data, or an empty one" for label in result["missing"]}
+        "skipped": {f"core: {label}": "no file in core/eval_data, or an empty one"
+                    for label in result["missing"]}
     }
 
 # %% ../nbs/10_evaluation.ipynb #run-eval-chat
@@ -1130,7 +1131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{'core' if result['core'] is not None else 'core_partial':30} "
               f"{result['partial']:7.4f}")
     if result["missing"]:
-        print(f"NOT EVALUATED: {', '.join(result['missing'])} (no file, or an empty one, in eval_data)")
+        print(f"NOT EVALUATED: {', '.join(result['missing'])} "
+              "(no file, or an empty one, in eval_data)")
 
 
 if __name__ == "__main__" and __spec__ is not None:

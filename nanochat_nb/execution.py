@@ -184,7 +184,8 @@ os._exit(status)                              # no thread or exit handler outliv
 _PROCESSORS = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # what the kernel calls them
 _REFUSED = {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
             "msgget": (68, 186), "semget": (64, 190), "vmsplice": (278, 75),
-            "io_uring_setup": (425, 425)}                    # numbers on the two processors
+            "io_uring_setup": (425, 425),
+            "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "fsopen": (430, 430)}                    # numbers on the two processors
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x50000 | errno.EPERM
 
@@ -393,8 +394,9 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
     done = random.SystemRandom().randrange(200, 255)
     uid = random.SystemRandom().randrange(10**8, 10**9) if as_root and method != "none" else 0
     limits = (memory_mb << 20, int(timeout) + 2, processes, SCRATCH_BYTES, uid, done)
+    rules = _filter() if method == "bubblewrap" else b""
     with (tempfile.TemporaryFile() as stdin, tempfile.TemporaryDirectory() as folder,
-          _readable(_filter() if method == "bubblewrap" else b"") as refused):
+          _readable(rules) as refused):
         stdin.write(source.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
         box = {"bubblewrap": lambda: _bubblewrap(as_root, refused.fileno()),
@@ -404,7 +406,7 @@ def _execute(source: str, method: str, as_root: bool, *, timeout: float, memory_
             [*box, _interpreter(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _GUARD,
              *map(str, limits)],
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd=folder,
-            pass_fds=[refused.fileno()] * (method == "bubblewrap"), start_new_session=True)
+            pass_fds=[refused.fileno()] * bool(rules), start_new_session=True)
         try:
             out, timed_out, truncated = _collect(process, timeout, keep)
         finally:

@@ -1556,6 +1556,7 @@ def _stream(engine: Engine, prompt: Sequence[int], options: dict) -> Iterator[in
         while given < len(request.ids) or request.finish_reason is None:
             if given == len(request.ids):        # others may have stepped since the last token
                 _advance(engine)
+                engine._events.pop(number, None)
             new = request.ids[given:]
             given += len(new)
             yield from new

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,6 +37,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -308,7 +310,7 @@ class Message(BaseModel):
     @field_validator("content")
     @classmethod
     def said(cls, content: str | list[Part] | None, info: ValidationInfo) -> str | list[Part]:
-        """Raises ValueError when somebody else than the assistant says nothing."""
+        """Raises ValueError when anybody but the assistant has null for content."""
         if content is None and info.data.get("role") != "assistant":
             raise ValueError("only an assistant's content may be null")
         return "" if content is None else content
@@ -326,9 +328,6 @@ class Message(BaseModel):
 def in_turns(messages: Sequence[Message]) -> list[dict]:
     """A conversation as the models know it: one system turn or none, then user and assistant by
     turns. Raises ApiError when the last turn is the assistant's."""
-    if messages[-1].role == "assistant":
-        raise ApiError(400, "the last turn is the assistant's: there is nothing to answer",
-                       param="messages")
     plain = [message.plain() for message in messages]
     system = [turn for turn in plain if turn["role"] == "system" and turn["content"]]
     turns: list[dict] = []
@@ -338,6 +337,9 @@ def in_turns(messages: Sequence[Message]) -> list[dict]:
         if turns and turns[-1]["role"] == turn["role"]:
             turn = joined(turns.pop(), turn)
         turns.append(turn)
+    if turns and turns[-1]["role"] == "assistant":
+        raise ApiError(400, "the last turn is the assistant's: there is nothing to answer",
+                       param="messages")
     return ([functools.reduce(joined, system)] if system else []) + turns
 
 
@@ -360,7 +362,7 @@ StopString = Annotated[str, Field(max_length=1000)]
 def says_nothing(value: Any) -> Any:
     """Raises ValueError for a value that asks for something which this server does not have."""
     if value not in (None, [], {}, "", "none", "auto", {"type": "text"}):
-        raise ValueError("this server does not have that")
+        raise PydanticCustomError("not_here", "this server does not have that")
     return value
 
 
@@ -401,12 +403,12 @@ class ChatRequest(Sampling):
 
     @property
     def top(self) -> int | None:
-        """So many alternatives to each token are wanted; None: no log-probabilities at all."""
+        """How many alternatives to each token are wanted; None: no log-probabilities at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def answers(self) -> int:
-        """So many answers the request asks for."""
+        """How many answers the request asks for."""
         return self.n or 1
 
 
@@ -620,7 +622,9 @@ class ModelPool:
 
     def close(self) -> None:
         """End every thread."""
-        for worker in self.workers.values():
+        with self._lock:                                   # one may just be arriving
+            workers = list(self.workers.values())
+        for worker in workers:
             worker.close()
 
 # %% ../nbs/16_server.ipynb #pool-loads
@@ -640,7 +644,8 @@ def arriving(self: ModelPool, name: str) -> Future:
             self._make_room(name)
             self._loading[name] = Future()
             self._loading[name].set_running_or_notify_cancel()    # one who leaves cancels nothing
-            threading.Thread(target=self._load, args=(name,), daemon=True, name="loader").start()
+            # no daemon: Python may not end while torch works in it
+            threading.Thread(target=self._load, args=(name,), name="loader").start()
         return self._loading[name]
 
 
@@ -686,6 +691,7 @@ class Job:
     choices: int = 1                 # answers to each prompt, which stands there as often
     dropped_turns: int = 0
     echo: int | None = None          # give the prompt back, from its token number `echo` on
+    failed: bool = False             # after its status line was sent, so only a stream's
     first_token: float | None = None     # when it came, as `time.perf_counter` tells
     ids: list[list[int]] = field(init=False)      # what was written so far, for each prompt
     logprobs: list[list[Logprob]] = field(init=False)        # and of what has ended, if asked for
@@ -911,10 +917,13 @@ async def stream_answer(job: Job, shape: Shape, include_usage: bool) -> AsyncIte
                 delta = shape.delta(index, pieces, finish, found)
                 yield sse(shape.envelope([delta], chunk=True) | later)
     except ApiError as error:                              # the status line has long been sent
+        job.failed = True
         yield sse(error.response.body.decode())
         return
     except Exception as error:                             # nor may its text be told, as above
-        tell("stream failed", level=logging.ERROR, error=type(error).__name__)
+        job.failed, where = True, traceback.extract_tb(error.__traceback__)[-1]
+        tell("stream failed", level=logging.ERROR, error=type(error).__name__,
+             place=f"{Path(where.filename).name}:{where.lineno}")
         yield sse(failure().body.decode())
         return
     if include_usage:
@@ -1082,7 +1091,8 @@ def note_request(metrics: Metrics, path: str, state: dict, start: float, *, stat
     model, job = state.get("model", ""), state.get("job")
     seconds = time.perf_counter() - start
     metrics.add("nanochat_requests_total", path=path, model=model, status=str(status))
-    facts = {"path": path, "status": status, "complete": complete, "seconds": round(seconds, 4)}
+    facts = {"path": path, "status": status, "seconds": round(seconds, 4),
+             "complete": complete and not (job and job.failed)}
     if job is not None:
         metrics.add("nanochat_prompt_tokens_total", job.prompt_tokens, model=model)
         metrics.add("nanochat_completion_tokens_total", job.completion_tokens, model=model)
@@ -1130,7 +1140,7 @@ def create_app(source: str | Path | Engine | Mapping[str, Callable[[], Engine]],
         pool.close()
 
     app = FastAPI(title="nanochat_nb", docs_url=None, redoc_url=None, lifespan=lifespan,
-                  dependencies=[Depends(refuse_strangers)])
+                  dependencies=[] if api_key else [Depends(refuse_strangers)])
     app.state.pool = pool
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)

@@ -157,8 +157,9 @@ def judge_program(conversation: dict, completion: str) -> bool:
 
 def by_text(tests: str) -> str:
     """Tests that ask no object of the program's whether it is right:
-    `assert f(2) == 4` → `assert '4'.__eq__(repr(f(2))) is True`."""
-    return re.sub(r"^assert (.*) == (.*)$",
+    `assert f(2) == 4` → `assert '4'.__eq__(repr(f(2))) is True`.
+    For tests whose argument holds no `) ==`."""
+    return re.sub(r"^assert (.*?\)) == (.*)$",
                   lambda test: f"assert {test[2]!r}.__eq__(repr({test[1]})) is True", tests,
                   flags=re.MULTILINE)
 

@@ -1,7 +1,11 @@
 """The server when many ask at once, when something fails in the middle, and when clients leave."""
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -130,9 +134,32 @@ def test_a_stream_that_fails_says_so(engine, monkeypatch, caplog):
         raise RuntimeError("the secret of somebody")
 
     monkeypatch.setattr("nanochat_nb.server.token_scores", out_of_memory)
+    caplog.set_level("INFO")
     ask = {"prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 2, "stream": True}
     answer = TestClient(create_app(engine)).post("/v1/completions", json=ask)
     *_, last = [line[6:] for line in answer.text.split("\n") if line.startswith("data: ")]
     assert json.loads(last)["error"]["type"] == "server_error"
     assert any('"error": "RuntimeError"' in record.getMessage() for record in caplog.records)
+    assert any('"complete": false' in record.getMessage() for record in caplog.records)
     assert "secret" not in answer.text + caplog.text
+
+
+def test_ctrl_c_while_a_model_loads_is_quiet():
+    """Python must not end under a thread in which torch works: that would abort the process."""
+    program = """if True:
+        import time, torch
+        from nanochat_nb.server import ModelPool
+        def load():
+            print("loading", flush=True)
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                torch.randn(500, 500) @ torch.randn(500, 500)
+        with ModelPool({"a": load}).use():
+            pass
+    """
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "loading\n"
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=60)
+    assert child.returncode in (1, -signal.SIGINT) and "terminate" not in told, told
