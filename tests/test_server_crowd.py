@@ -147,8 +147,9 @@ def test_a_stream_that_fails_says_so(engine, monkeypatch, caplog):
 def test_ctrl_c_while_a_model_loads_is_quiet():
     """Python must not end under a thread in which torch works: that would abort the process."""
     program = """if True:
-        import time, torch
+        import signal, time, torch
         from nanochat_nb.server import ModelPool
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's job in the background ignores it
         def load():
             print("loading", flush=True)
             end = time.monotonic() + 2
