@@ -411,7 +411,7 @@ class ChatRequest(Sampling):
         """How many answers the request asks for."""
         return self.n or 1
 
-
+# %% ../nbs/16_server.ipynb #completionrequest
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -442,7 +442,7 @@ class CompletionRequest(Sampling):
 
     @property
     def answers(self) -> int:
-        """So many answers the request asks for: `n` to each of its prompts."""
+        """How many answers the request asks for: `n` to each of its prompts."""
         return len(self.prompts) * (self.n or 1)
 
 # %% ../nbs/16_server.ipynb #error-response
@@ -665,7 +665,7 @@ def _load(self: ModelPool, name: str) -> None:
         del self._loading[name]
     loaded.set_result(worker)
 
-
+# %% ../nbs/16_server.ipynb #make-room
 @patch_to(ModelPool)
 def _make_room(self: ModelPool, name: str) -> None:
     """Let idle models leave until this one fits, and reserve its room. A model larger than the
