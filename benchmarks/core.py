@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the model here, and take it from here when it is there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rows < 11:
+        parser.error("--rows must be at least 11: most tasks show ten other rows before each")
     args.nanochat, args.data = args.nanochat.resolve(), args.data.resolve()
     sys.modules.setdefault("rustbpe", SimpleNamespace()) if args.worker == "nanochat" else None   # to train with; not needed here
     if args.worker:
