@@ -182,10 +182,11 @@ os._exit(status)                              # no thread or exit handler outliv
 
 # %% ../nbs/07_execution.ipynb #filter
 _PROCESSORS = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # what the kernel calls them
+# the calls' numbers on the two processors
 _REFUSED = {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
             "msgget": (68, 186), "semget": (64, 190), "vmsplice": (278, 75),
             "io_uring_setup": (425, 425),
-            "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "fsopen": (430, 430)}                    # numbers on the two processors
+            "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "fsopen": (430, 430)}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x50000 | errno.EPERM
 

@@ -144,12 +144,19 @@ def test_finish_reasons_limits_and_cancel(tok):
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ([1] * 300, {}, "300 tokens"), ([275], {}, "another tokenizer"), ([1], {"top_p": 0.0}, "top_p"), ([1], {"min_p": 1.5}, "min_p"),
     ([1], {"temperature": -1}, "temperature"), ([1], {"max_new_tokens": 0}, "max_new_tokens"),
-    ([1], {"logprobs": -1}, "logprobs"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'")])
+    ([1], {"logprobs": -1}, "logprobs"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [1.5]}, "stop"), ([1], {"tools": "calculater"}, "did you mean 'calculator'"),
+    ([1], {"top_k": 2.5}, "top_k=2.5"), ([1], {"max_new_tokens": 2.5}, "max_new_tokens=2.5"), ([1], {"logprobs": 0.5}, "logprobs=0.5")])
 def test_bad_requests(tok, prompt, options, message):
     engine = Engine(make_model(), tok)
     with pytest.raises(UserError, match=message):
         engine.generate([[1], prompt], **{"max_new_tokens": 3} | options)
     assert not engine.busy                                   # the good one does not stay behind
+
+
+def test_a_text_too_long_for_a_base_model_keeps_its_beginning_mark(tok, capsys):
+    ids = inference._prompt(Engine(make_model(), tok), "base", [{"content": "one two three " * 30}], 20)
+    assert len(ids) == 20 and ids[0] == tok.special("<|bos|>") and "no longer fit" in capsys.readouterr().err
+    assert ids[1:] == tok.encode("one two three " * 30)[-19:]
 
 
 def test_new_weights_are_used_and_cast_once(tok):

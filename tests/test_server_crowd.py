@@ -9,26 +9,10 @@ import time
 
 import httpx
 import pytest
-import torch
 from fastapi.testclient import TestClient
 
 from live import Live, wait_until
-from nanochat_nb.corpus import open_text
-from nanochat_nb.inference import Engine
-from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.server import Limits, ScriptedEngine, create_app
-from nanochat_nb.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer.train([d.text for d in open_text(["world"], documents=30).documents("train")], 300)
-
-
-@pytest.fixture(scope="module")
-def engine(tok):
-    config = GPTConfig(sequence_len=64, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
-    return Engine(GPT(config, dtype=torch.float32).init_weights(1), tok)
 
 
 def asking(app):

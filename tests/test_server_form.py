@@ -4,26 +4,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
 
-from nanochat_nb.corpus import open_text
-from nanochat_nb.inference import Engine, Logprob
-from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.inference import Logprob
 from nanochat_nb.runtime import UserError
 from nanochat_nb.server import ScriptedEngine, create_app, listed_ids, serve, text_logprobs
-from nanochat_nb.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer.train([d.text for d in open_text(["world"], documents=30).documents("train")], 300)
-
-
-@pytest.fixture(scope="module")
-def engine(tok):
-    config = GPTConfig(sequence_len=64, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
-    return Engine(GPT(config, dtype=torch.float32).init_weights(1), tok)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import yaml
 import nanochat_nb.sft as sft
 import nanochat_nb.tasks as tasks
 from nanochat_nb.corpus import split_of
-from nanochat_nb.evaluation import everywhere, open_tasks
+from nanochat_nb.evaluation import evaluate_task, everywhere, open_tasks
 from nanochat_nb.rl import open_questions
 from nanochat_nb.runtime import UserError
 
@@ -149,6 +149,8 @@ def test_an_exam_goes_on_without_a_set_that_no_network_brings(monkeypatch, tmp_p
     (tmp_path / "gsm8k" / "test.jsonl").write_text("")
     opened, skipped = open_tasks(["fact", "gsm8k"], str(tmp_path), 5, 0)
     assert [task.name for task in opened] == ["fact"] and "gsm8k" in skipped
+    with pytest.raises(UserError, match="no questions"):
+        evaluate_task(None, None, tasks.Task("none", []))
 
 
 def test_nothing_trains_on_an_exam(tmp_path):
