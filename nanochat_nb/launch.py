@@ -566,7 +566,7 @@ def use_atomic_saves() -> None:
 
 # %% ../nbs/15_launch.ipynb #die-with-parent
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Ask the kernel to send this process the signal when its parent dies
+    """Ask the system to send this process the signal when its parent dies
     (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))                        # 1 is PR_SET_PDEATHSIG
