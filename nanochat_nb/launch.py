@@ -796,11 +796,13 @@ _PASSING = re.compile(r"\d+%\||it/s\b|s/it\b|\dit \[|Matplotlib is building the 
 
 def _settle(cell) -> None:
     """Remove from an executed cell what differs from run to run:
-    counts, times, progress bars, a new machine's first words."""
+    counts, times, progress bars, widgets, a new machine's first words."""
     cell.execution_count = None
     cell.metadata.pop("execution", None)
     kept = []
     for output in cell.outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         if output.output_type == "execute_result":
             output.execution_count = None
         if output.output_type == "stream" and output.name == "stderr":
