@@ -586,7 +586,7 @@ def _apart(rng: random.Random, entities: list[Entity], known: set[str]) -> Entit
         if entity.name not in known and all(f.value not in known for f in entity.facts.values()):
             return entity
 
-
+# %% ../nbs/01_corpus.ipynb #story-names
 def _story_names(world: World, hero: Entity, companion: Entity,
                  rng: random.Random) -> dict[str, str]:
     """Everything a plot may mention, all of it true in `world`."""
@@ -690,7 +690,7 @@ def _fits(world: World, plot: dict, hero: Entity, companion: Entity) -> bool:
             and not any(p[r] in plot.get(f"not_{r}", ()) for r in ("job", "food", "instrument")
                         for p in (hero, companion)))
 
-
+# %% ../nbs/01_corpus.ipynb #story-itself
 def story(world: World, rng: random.Random, split: str) -> str:
     """A story of about 80 to 175 words whose (plot, hero, companion) belongs to `split`; one in ten
     has two to five chapters, each with another plot, and only its first is dealt by `split`."""
@@ -779,7 +779,7 @@ def _news(world, entity, rng):
     known = told(entity, rng, 4, name="statements") + told(other, rng, 3, name="statements")
     return start + " ".join(known)
 
-
+# %% ../nbs/01_corpus.ipynb #riddle
 def _riddle(world, entity, rng):
     hints = [pick(rng, f.pronoun) for f in entity.facts.values() if f.pronoun
              and f.relation not in ("owner", "pet")]
@@ -998,7 +998,7 @@ GUESTS = {"she": _list("""Sarah, Anna, Maria, Mary, Lisa, Kate, Jane, Susan, Amy
 ASIDES = ("{C} is {z} years old.", "It is {z} miles to {T}.", "It is {z} minutes past noon.",
           "There are {z} houses in the street.", "{A} has walked for {z} minutes.")
 
-
+# %% ../nbs/01_corpus.ipynb #cast-of-a-problem
 def _cast(rng: random.Random, world: World) -> dict:
     a, c = pick(rng, world.people), pick(rng, world.people)
     name, other, he = a.short, c.short if c is not a else "a friend", a.pronoun
@@ -1046,7 +1046,7 @@ def _chain(rng: random.Random, names: dict) -> Problem:
                         "does {he} have|does {he} have now|does {A} have in total" + left + "]?"))
     return Problem(_with_aside(rng, names, text), tuple(steps))
 
-
+# %% ../nbs/01_corpus.ipynb #step-of-a-problem
 def _step(before: str, a: int, op: str, b: int, after: str) -> tuple[str, str, int, str]:
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
     return before, f"{a}{op}{b}", value, after
@@ -1146,7 +1146,7 @@ def _everyday_lines() -> tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...
     return tuple((question, tuple(re.fullmatch(r"(\w+) *([-+*/]) *(\w+)", step.strip()).groups()
                                   for step in steps.split(";"))) for question, steps in split)
 
-
+# %% ../nbs/01_corpus.ipynb #everyday-numbers
 # where something stands that holds things, no horses and no boats: nouns of "bulky"
 _HOLDS = re.compile(r"\b(box|boxes|(bag|basket|jar|sack|crate|drawer|shelf|desk|pile|pocket|tin|"
                     r"cupboard|cabinet|bucket)s?|shelves|cellar|kitchen|handed|raffled|shipped|"
@@ -1164,7 +1164,7 @@ def _numbers(steps: tuple[tuple[str, str, str], ...], rng: random.Random) -> dic
             values[left] = rng.randrange(2, 13) * (values.get(right) or int(right))
     return values
 
-
+# %% ../nbs/01_corpus.ipynb #everyday-problem
 def _everyday(rng: random.Random, names: dict) -> Problem:
     """One of the lines of everyday life, with numbers with which every step gives a whole one."""
     question, steps = pick(rng, _everyday_lines())
@@ -1219,7 +1219,7 @@ def _drill(rng: random.Random, split: str) -> str:
     return pick(rng, DRILLS[op]).format(a=a, b=b, v=value, A=capital(in_words(a)), B=in_words(b),
                                         V=in_words(value))
 
-
+# %% ../nbs/01_corpus.ipynb #solved
 def arithmetic(world: World, rng: random.Random, split: str) -> str:
     """Sums in digits and words, and worked word problems."""
     if rng.random() < 0.4:
@@ -1251,7 +1251,7 @@ REAL_WORDS = tuple(sorted({word.lower() for phrases in _LISTS for phrase in phra
 _TRAINED_WORDS = REAL_WORDS + _SPELLABLE["train"]
 _REAL = frozenset(SAID + UNSAID + REAL_WORDS)
 
-
+# %% ../nbs/01_corpus.ipynb #new-words
 def invented_word(rng: random.Random) -> str:
     """A word of one to three syllables that nobody uses, such as "snoatt" or "plerving"."""
     word = "".join(pick(rng, _ONSETS) + pick(rng, _VOWELS) + pick(rng, _CODAS)
@@ -1324,7 +1324,7 @@ def _round(world: World, rng: random.Random) -> str:
     words = _game_words(world, rng, rng.randrange(2, 8))
     return pick(rng, (" ", ", ", "\n")).join(words * (2 + 24 // len(words)))
 
-
+# %% ../nbs/01_corpus.ipynb #lookup
 def _lookup(world: World, rng: random.Random) -> str:
     """A table of keys and values, in sentences; then questions about it, in another order."""
     line, ask = pick(rng, _TABLES)
@@ -1502,7 +1502,7 @@ def _sum(rng: random.Random, split: str) -> Problem:
     line = "{s}" if asked < 0.2 else pick(rng, wordings()["sum"]["any" if asked < 0.7 else name])
     return Problem(say(line, rng, said), (_step("", a, op, b, ""),))
 
-
+# %% ../nbs/01_corpus.ipynb #word-problem-chat
 def _word_problem(world: World, rng: random.Random, split: str) -> dict:
     """A problem solved with the calculator; one in five in training is a bare sum, of which the
     exam, being about problems in words, has none."""
@@ -1536,7 +1536,7 @@ def _spell(rng: random.Random, word: str, split: str) -> dict:
     return {"messages": turns(asked, f"The word {word} is spelled {spelled}"), "answer": spelled,
             "topic": "spell"}
 
-
+# %% ../nbs/01_corpus.ipynb #letters-chat
 def _letters(world: World, rng: random.Random, split: str) -> dict:
     """Spell a word; or count a letter: spell the word, let Python count in what was spelled."""
     word = spelling_word(rng, split)
@@ -1662,7 +1662,7 @@ def _trained(table: str) -> frozenset[str]:
     long = [way.split() for way in said if way.count(" ") > 2]
     return frozenset(said | {" ".join(w[:i] + w[i + 1:]) for w in long for i in range(len(w))})
 
-
+# %% ../nbs/01_corpus.ipynb #a-turn
 def _topic_turn(table: str, rng: random.Random, split: str, *,
                 topic: str = "") -> tuple[str, str, str, str, str]:
     """(topic, user's words, reply, word that a right reply contains, line of the table); the line
@@ -1881,7 +1881,7 @@ _CONVERSATION_MAKERS = dict(zip(CONVERSATION_KINDS, (
     _fact, _choice, _choice_aloud, _letters, _word_problem, _code, _identity, _small_talk, _memory,
     _unknown, _beyond)))
 
-
+# %% ../nbs/01_corpus.ipynb #conversations-of-a-kind
 def conversations(kind: str, split: str, *, limit: int = 1000, seed: int = 0) -> list[dict]:
     """`limit` conversations of one `kind` from `split` ("train", "val" or "test") of the world of
     `seed`.
@@ -1942,7 +1942,7 @@ def check_conversation(conversation: dict) -> None:
         kinds = _PARTS if message["role"] == "assistant" else _PARTS[:1]     # only it calls tools
         _check_content(number, message.get("content"), kinds)
 
-
+# %% ../nbs/01_corpus.ipynb #check-content
 def _check_content(number: int, content, kinds: Sequence[str]) -> None:
     if isinstance(content, list):
         good = content and all(isinstance(p, dict) and p.get("type") in kinds
@@ -2057,7 +2057,7 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                             f'"content"{hint}')
         yield text
 
-
+# %% ../nbs/01_corpus.ipynb #parquet-texts
 def _parquet_texts(path: Path) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet as pq
