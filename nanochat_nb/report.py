@@ -149,7 +149,7 @@ def environment(folder: Path, noted: dict[str, dict]) -> dict:
     """Where the run was trained, the commit, the preset, and the date of this report."""
     first = next((noted[step] for step in ("base", "sft", "rl") if step in noted), {})
     return first.get("machine", this_machine()) | {
-        "git": first.get("git") or git_sha(), "preset": preset_name(folder),
+        "git": first["git"] if "git" in first else git_sha(), "preset": preset_name(folder),
         "date": datetime.date.today().isoformat()}
 
 # %% ../nbs/14_report.ipynb #preset-name
@@ -244,10 +244,11 @@ def number(value: float | None) -> str:
     """A number for reading: 3 significant digits, thousands as k, M, G, T …; "–" for none."""
     if value is None or not math.isfinite(value):
         return "–"
-    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"),
-                       (1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M")):
         if abs(value) >= 0.9995 * size:          # what rounds to 1,000 of a unit is 1 of the next
-            return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+            return f"{value / size:.3g}{unit}"
+    if abs(value) >= 9999.5:                                 # four digits are read as they are
+        return f"{value / 1e3:.3g} k"
     return f"{value:.0f}" if value == int(value) or abs(value) >= 999.5 else f"{value:.3g}" if abs(
         value) >= 10 else f"{value:.3f}"
 
@@ -491,10 +492,12 @@ def clear_winner(values: Sequence[float | None], errors: Sequence[float]) -> int
     """Which value is above each other one by more than two standard errors of the difference;
     None if none is."""
     there = [i for i, v in enumerate(values) if v is not None]
+    if len(there) < 2:
+        return None
     best = max(there, key=lambda i: values[i])
     ahead = all(values[best] - values[i] > 2 * math.hypot(errors[best], errors[i])
                 for i in there if i != best)
-    return best if ahead and len(there) > 1 else None
+    return best if ahead else None
 
 # %% ../nbs/14_report.ipynb #compare-runs
 def compare_reports(reports: dict[str, dict]) -> str:

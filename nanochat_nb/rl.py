@@ -233,7 +233,7 @@ def old_solutions(recipe: dict, tasks: Sequence[str]) -> list[tuple[Task, int]]:
                         "learn from again; set replay to 0")
     return found
 
-
+# %% ../nbs/13_rl.ipynb #other-conversations
 def other_conversations(recipe: dict, tasks: Sequence[str],
                         wanted: int) -> list[tuple[Task, int]]:
     """About `wanted` (task, row) of the examples of all other tasks that the fine-tuning with this
@@ -260,7 +260,7 @@ def other_conversations(recipe: dict, tasks: Sequence[str],
         found += [(task, i * len(task) // count) for i in range(count)]
     return found
 
-
+# %% ../nbs/13_rl.ipynb #shown-again
 def shown_again(old: dict[str, list[tuple[Task, int]]], loop: TrainingLoop, tokenizer: Tokenizer,
                 p: dict) -> list[Rollout]:
     """This rank's share of the conversations that a step shows once more:
@@ -338,6 +338,9 @@ def check_rl(p: dict, rt: Runtime) -> None:
                  "eval_prompts", "eval_samples"):
         if p[name] < 1:
             raise UserError(f"{name} must be at least 1, not {p[name]}")
+    if not p["temperature"] > 0:
+        raise UserError(f"temperature must be above 0, not {p['temperature']}: without chance all "
+                        "answers to a question are alike, and none is better than its siblings")
     for name in ("replay", "reminders", "recall"):
         if p[name] < 0:
             raise UserError(f"{name} must not be negative, but is {p[name]}")

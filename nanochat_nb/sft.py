@@ -70,8 +70,11 @@ def open_mixture(mixture: dict[str, float], split: str, *, data: str = "", examp
                  seed: int) -> TaskMixture:
     """All tasks of `mixture` (name → epochs; 0 leaves one out) shuffled together.
 
-    For "val" each counts once.
+    For "val" each counts once. Raises UserError when none is left, and for negative epochs.
     """
+    for name, epochs in mixture.items():
+        if not 0 <= float(epochs) < math.inf:
+            raise UserError(f"mixture: {name} is {epochs}; epochs are at least 0 (0 leaves it out)")
     chosen = [(n, float(e)) for n, e in mixture.items() if e]
     if not chosen:
         raise UserError("there is nothing to learn from: name at least one task in mixture, or "
@@ -119,7 +122,10 @@ def prepare_base(run: str, folder: Path, rt: Runtime):
 # %% ../nbs/12_sft.ipynb #text-rows
 def text_rows(rows: int, share: float) -> int:
     """How many of a batch's rows are pretraining text.
-    Raises UserError when none is left to talk."""
+    Raises UserError when none is left to talk, or a share is too small for a single row."""
+    if share > 0 and round(share * rows) == 0:
+        raise UserError(f"text_share={share} of {rows} rows rounds to no text at all; "
+                        "give more, or take larger batches, or set it to 0")
     if not 0 <= share < 1 or rows == round(share * rows):
         raise UserError(f"text_share={share} leaves no row of {rows} for conversations, "
                         "or is negative")

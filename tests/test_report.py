@@ -1,7 +1,15 @@
-"""Curves of the report page."""
+"""What the report says of machine and commit, and the curves of its page."""
 import json
 
-from nanochat_nb.report import curves
+import pytest
+
+from nanochat_nb.report import curves, environment, git_sha
+
+
+@pytest.mark.parametrize("noted, told", [({"git": "abc"}, "abc"), ({"git": ""}, ""), ({}, git_sha())])
+def test_the_commit_is_that_of_the_training(tmp_path, noted, told):
+    """A run trained by a copy without git has none: the commit of the machine that writes the report is another program's."""
+    assert environment(tmp_path, {"base": {"machine": {"cpu": "far away"}} | noted})["git"] == told
 
 
 def test_a_single_task_of_rl_has_no_curve_of_its_own(tmp_path):

@@ -268,7 +268,8 @@ def test_bad_parameters_of_pretraining(whole, tmp_path, change, message):
 @pytest.mark.parametrize("change, message", [
     (dict(mixture={"identiy": 1.0}), "identity"), (dict(mixture={}), "nothing to learn"),
     (dict(conversations=["absent.jsonl"]), "absent.jsonl"), (dict(steps=0, epochs=0), "nothing to do"),
-    (dict(total_batch_tokens=100), "no multiple"), (dict(lr_fraction=0), "lr_fraction")])
+    (dict(total_batch_tokens=100), "no multiple"), (dict(lr_fraction=0), "lr_fraction"),
+    (dict(mixture={"identity": 1.0, "letters": -1.0}), "letters is -1"), (dict(text_share=0.01), "rounds to no text")])
 def test_bad_parameters_of_fine_tuning(whole, tmp_path, change, message):
     folder = copy_before(whole, "sft", tmp_path)
     with pytest.raises(UserError, match=message):
@@ -279,7 +280,7 @@ def test_bad_parameters_of_fine_tuning(whole, tmp_path, change, message):
     (dict(tasks=["leters"]), "letters"), (dict(tasks=[]), "at least one task"), (dict(samples_per_prompt=1), "samples_per_prompt"),
     (dict(advantage="best"), "advantage"), (dict(steps=-1), "steps"), (dict(replay=-1), "replay"), (dict(recall=-1), "recall"),
     (dict(reminders=-1), "reminders"), (dict(tasks=["choice", "letters", "identity"]), "nothing beside choice, letters, identity"),
-    (dict(tasks=["word_problem"], replay=1), "no solutions of word_problem"), (dict(eval_prompts=0), "eval_prompts")])
+    (dict(tasks=["word_problem"], replay=1), "no solutions of word_problem"), (dict(eval_prompts=0), "eval_prompts"), (dict(temperature=0.0), "temperature")])
 def test_bad_parameters_of_rl(whole, tmp_path, change, message):
     folder = copy_before(whole, "rl", tmp_path)
     with pytest.raises(UserError, match=message):
