@@ -86,6 +86,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], meta: di
         meta = meta | {"files": files, "weights": files["model.safetensors"]}
         meta = json.loads(json.dumps(meta))                # as it will be read: tuples become lists
         write_json(temporary / "meta.json", meta | {"sha256": meta_hash(meta)})
+        sync_folder(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -138,8 +139,10 @@ def save_checkpoint(folder: str | Path, step: int, *, model: GPT,
 
     Every rank must call it; rank 0 writes. To `meta` (anything JSON) are added step, config, files
     (sha256 of each) and weights (that of the model's file). What fails on rank 0 is raised on every
-    rank, a UserError when the disk is full; what was there before stays whole.
+    rank, a UserError when the disk is full; what was there before stays whole. `keep` is at least 1.
     """
+    if keep < 1:
+        raise UserError(f"keep must be at least 1, not {keep}: it counts the checkpoint just made")
     path = Path(folder) / f"step_{step:08d}"
     tensors = {"model": model.state_dict()}
     if optimizer:
@@ -258,7 +261,11 @@ def load_model(run: str | Path, stage: str = "sft", device: torch.device | str |
             f"{run / stage} is a checkpoint of another tokenizer than {run / 'tokenizer'}: "
             "put back the tokenizer it was trained with, or train again")
     device = detect_device(device) if device is None or isinstance(device, str) else device
-    config = GPTConfig(**checkpoint.meta["config"])
+    try:
+        config = GPTConfig(**checkpoint.meta["config"])
+    except TypeError as error:
+        raise UserError(f"{run / stage} was made by another version of this course: its config "
+                        "has other fields than GPTConfig") from error
     return make_model(config, checkpoint.model_state, device, dtype), tokenizer, checkpoint.meta
 
 # %% ../nbs/06_checkpoint.ipynb #our-name
@@ -320,10 +327,13 @@ def read_nanochat_tokenizer(folder: str | Path) -> Tokenizer:
             state = EncodingOnly(f).load().state
             ranks, pattern, special = (
                 state[k] for k in ("mergeable_ranks", "pat_str", "special_tokens"))
-        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError,
-                IndexError) as error:
+            if len(set(ranks.values())) < len(ranks):
+                raise ValueError("two tokens have the same rank")
+            return Tokenizer.from_ranks(ranks, pattern=pattern, special_tokens=special)
+        except UserError:
+            raise
+        except Exception as error:             # a damaged pickle can raise nearly anything
             raise UserError(f"{path} is not a pickled tiktoken Encoding") from error
-    return Tokenizer.from_ranks(ranks, pattern=pattern, special_tokens=special)
 
 # %% ../nbs/06_checkpoint.ipynb #read-nanochat
 def read_nanochat(folder: Path, step: int) -> tuple[dict[str, Tensor], dict]:
@@ -334,15 +344,16 @@ def read_nanochat(folder: Path, step: int) -> tuple[dict[str, Tensor], dict]:
             raise UserError(f"{folder} has no {path.name}")
     try:
         state = torch.load(paths[0], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = {our_name(name): t.float() for name, t in state.items()}
+    except Exception as error:                 # a damaged pickle can raise nearly anything
         raise UserError(
             f"{paths[0]} is damaged, or holds more than weights, which is not read") from error
     try:
-        fields = json.loads(paths[1].read_text(encoding="utf-8"))["model_config"]
-    except (ValueError, KeyError) as error:
+        fields = dict(json.loads(paths[1].read_text(encoding="utf-8"))["model_config"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{paths[1]} is no metadata of nanochat's: it has no model_config") from error
-    return {our_name(name): t.float() for name, t in state.items()}, fields
+    return state, fields
 
 # %% ../nbs/06_checkpoint.ipynb #import-nanochat
 def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | Path | None = None,
@@ -355,13 +366,13 @@ def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | 
     """
     state, fields = read_nanochat(Path(checkpoint_dir), step)
     october = "resid_lambdas" not in state
-    config = GPTConfig(**((OCTOBER_2025 if october else {"window_pattern": "L"}) | fields))
-    if october:
-        pad_vocabulary(state, config.padded_vocab_size)
-        state |= neutral_weights(config)
     try:
+        config = GPTConfig(**((OCTOBER_2025 if october else {"window_pattern": "L"}) | fields))
+        if october:
+            pad_vocabulary(state, config.padded_vocab_size)
+            state |= neutral_weights(config)
         model = make_model(config, state, device, dtype or torch.float32)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError) as error:   # shapes, names, fields of the config
         raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, "
                         f"or not of nanochat: {' '.join(str(error).split()[:40])}") from error
     tokenizer = read_nanochat_tokenizer(tokenizer_dir) if tokenizer_dir else None

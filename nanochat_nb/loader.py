@@ -125,11 +125,13 @@ def _shard_error(path: Path, what: str) -> UserError:
 def _read_index(folder: Path) -> dict:
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"no token shards in {folder}; run the stage that tokenizes first") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _shard_error(folder / "index.json", "damaged") from error
+    if not isinstance(index, dict) or not index.keys() >= {"complete", "dtype", "bos", "shards"}:
+        raise _shard_error(folder / "index.json", "damaged")
     if not index["complete"]:
         raise UserError(
             f"the token shards in {folder} are only half written; run the same stage again")
@@ -146,9 +148,10 @@ def _shard_lengths(path: Path, shard: dict, itemsize: int) -> np.ndarray:
     try:
         saved = json.loads(path.with_suffix(".json").read_text("utf-8"))
         lengths = np.array(saved["lengths"], dtype=np.int32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _shard_error(path.with_suffix(".json"), "missing or damaged") from error
-    if len(lengths) != shard["documents"] or lengths.sum(dtype=np.int64) != shard["tokens"]:
+    if (lengths.shape != (shard["documents"],)
+            or lengths.sum(dtype=np.int64) != shard["tokens"]):
         raise _shard_error(path.with_suffix(".json"), "not the one written with its shard")
     return lengths
 
@@ -166,13 +169,17 @@ def open_shards(folder: str | Path) -> Shards:
 # %% ../nbs/03_loader.ipynb #tokens
 @patch_to(Shards)
 def _tokens(self, shard: int) -> np.ndarray:
-    """The ids of one shard, memory-mapped; its checksum is compared the first time."""
+    """The ids of one shard, memory-mapped. The first time its checksum is compared, and
+    whether a `<|bos|>` stands wherever `index.json` and the lengths say."""
     if shard not in self._open:
         entry = self.index["shards"][shard]
         path = self.folder / entry["name"]
         if file_hash(path) != entry["sha256"]:
             raise _shard_error(path, "corrupt: its checksum differs")
-        self._open[shard] = np.memmap(path, dtype=self.index["dtype"], mode="r")
+        ids = np.memmap(path, dtype=self.index["dtype"], mode="r")
+        if (ids[self.starts[self.first[shard]:self.first[shard + 1]]] != self.bos).any():
+            raise _shard_error(path, "not the one that its JSON files describe")
+        self._open[shard] = ids
     return self._open[shard]
 
 
@@ -208,7 +215,8 @@ def _reusable(folder: Path, key: dict) -> dict | None:
         index = json.loads((folder / "index.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    same = key["source"] and all(index.get(k) == v for k, v in key.items())
+    same = isinstance(index, dict) and key["source"] and all(
+        index.get(k) == v for k, v in key.items())
     return index if same else None
 
 # %% ../nbs/03_loader.ipynb #writer
@@ -419,9 +427,9 @@ def _to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def ahead(batches: Iterator) -> Iterator:
     """The same batches, each made by a thread of its own while the one before is trained on."""
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as thread:
-        coming = thread.submit(next, batches)
-        while True:
-            batch, coming = coming.result(), thread.submit(next, batches)
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:        # None: there are no more
+            coming = thread.submit(next, batches, None)
             yield batch
 
 # %% ../nbs/03_loader.ipynb #batch-documents

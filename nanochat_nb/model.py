@@ -87,7 +87,11 @@ def _check_config(c: GPTConfig) -> None:
         raise UserError(
             f"window_pattern={c.window_pattern!r} must be made of S (short), L (long) and "
             "F (no limit)")
+    if c.rope_dtype not in (None, "float32", "bfloat16", "float64"):
+        raise UserError(f"rope_dtype={c.rope_dtype!r} must be None, float32, bfloat16 or float64")
     for name in ("value_embed_layers", "look_back_layers"):
+        if not all(isinstance(i, int) for i in getattr(c, name)):
+            raise UserError(f"{name} must be layer numbers, not {getattr(c, name)}")
         outside = [i for i in getattr(c, name) if not 0 <= i < c.n_layer]
         if outside:
             raise UserError(f"{name} names layer {outside[0]}; there are only {c.n_layer} layers")
@@ -881,11 +885,15 @@ class KVCache:
 
     `positions` (batch,) counts the tokens cached per row. Set `lengths` (batch,) before
     a call whose ids are padded on the right; None means that all are valid.
-    Slot `max_len` is a bin for padding.
+    Slot `max_len` is a bin for padding. Raises UserError for a text that is longer than `max_len`,
+    and for a `max_len` beyond the RoPE table.
     """
 
     def __init__(self, config: GPTConfig, batch: int, max_len: int,
                  device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        if max_len > 10 * config.sequence_len:           # beyond, all would get the last rotation
+            raise UserError(f"max_len={max_len} is more than {10 * config.sequence_len}, ten times "
+                            "the model's sequence_len")
         dtype = dtype or compute_dtype(device)
         shape = (config.n_layer, 2, batch, max_len + 1, config.n_kv_head, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)

@@ -291,6 +291,8 @@ def build_optimizer(model: GPT, *, rt: Runtime | None = None, matrix_lr: float =
     larger than nanochat's 1e-10, which turns the rounding noise that a new model's scalars have
     for a gradient into whole steps.
     """
+    if rounds not in POLAR_EXPRESS:
+        raise UserError(f"rounds must be one of {sorted(POLAR_EXPRESS)}, not {rounds}")
     params = dict(model.named_parameters())
     scale = (model.config.n_embd / 768) ** -0.5
     groups = [

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import difflib
 import functools
@@ -258,17 +259,18 @@ def generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Gene
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write `data` to `path`: a reader sees the old file or the whole new one, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another "
                         "folder; the file that was there before is untouched") from error
 
@@ -285,14 +287,20 @@ def file_hash(path: str | Path) -> str:
 
 # %% ../nbs/00_runtime.ipynb #run-folder
 def run_folder(run: str | Path = "") -> Path:
-    """The folder of a run, created. `""`: a scratch folder, removed when the process ends."""
-    if str(run):
-        folder = Path(run)
-    else:
+    """The folder of a run, created. `""`: a scratch folder, removed when the process ends.
+
+    Raises UserError where no folder can be made.
+    """
+    if not str(run):
         folder = Path(tempfile.mkdtemp(prefix="nanochat_nb-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        return folder
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run}: {error.strerror}; "
+                        "choose another one") from error
+    return Path(run)
 
 # %% ../nbs/00_runtime.ipynb #metricslog
 class MetricsLog:

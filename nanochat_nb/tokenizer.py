@@ -75,9 +75,14 @@ def count_pieces(texts: Iterable[str], pattern: str = SPLIT_PATTERN) -> Counter[
     """How often each piece occurs in `texts`, as UTF-8 bytes. Training needs nothing else."""
     counts = Counter()
     for text in texts:
-        for part in _parts(text):
+        for part in _parts(_writable(text)):
             counts.update(split_text(part, pattern))
-    return Counter({piece.encode("utf-8", "replace"): n for piece, n in counts.items()})
+    return Counter({piece.encode(): n for piece, n in counts.items()})
+
+
+def _writable(text: str) -> str:
+    """`text` with a "?" for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 # %% ../nbs/02_tokenizer.ipynb #train-merges
 def train_merges(pieces: Counter[bytes], num_merges: int) -> list[tuple[int, int]]:
@@ -129,7 +134,7 @@ def tokens_of(merges: Sequence[tuple[int, int]]) -> list[bytes]:
 def _train_fast(texts: Iterable[str], num_merges: int, pattern: str) -> list[bytes]:
     import rustbpe
     trainer = rustbpe.Tokenizer()
-    parts = (part for text in texts for part in _parts(text))
+    parts = (part for text in texts for part in _parts(_writable(text)))
     trainer.train_from_iterator(parts, 256 + num_merges, pattern=pattern)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     return [bytes(token) for token, _ in ranks]
@@ -408,8 +413,9 @@ def load(cls, folder: str | Path) -> Tokenizer:
         whole = tokenizer.fingerprint() == saved["fingerprint"]
     except FileNotFoundError as error:
         raise UserError(f"no tokenizer at {path}; run the tokenizer stage first") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged; run the tokenizer stage again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            AssertionError) as error:
+        raise UserError(f"{path} is damaged or no file; run the tokenizer stage again") from error
     if not whole:
         raise UserError(f"{path} was changed after it was saved; run the tokenizer stage again")
     return tokenizer
@@ -560,10 +566,12 @@ def run_tokenizer(*, run: str = "", text: Sequence[str] = ["world"], documents: 
 
     At most `chat_fraction` of the text are conversations: your own, or without any those embedded,
     of each kind its share of `mixture` (kind → weight; empty: of all alike). At most `digits`
-    digits make one token. Raises UserError when that is not 1, 2 or 3, when `mixture` has an
-    unknown kind, a negative weight or only zeros, and when the vocabulary is too small, or larger
-    than the text can give.
+    digits make one token. Raises UserError when that is not 1, 2 or 3, when `chat_fraction` is no
+    fraction, when `mixture` has an unknown kind, a negative weight or only zeros, and when the
+    vocabulary is too small, or larger than the text can give.
     """
+    if not 0 <= chat_fraction <= 1:
+        raise UserError(f"chat_fraction must be from 0 to 1, not {chat_fraction}")
     if mixture and not min(mixture.values()) >= 0 < max(mixture.values()):
         raise UserError(f"the weights of mixture must be positive, or some of them 0: {mixture}")
     parameters = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items()}
