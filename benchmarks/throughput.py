@@ -3,9 +3,10 @@
     python benchmarks/throughput.py NANOCHAT [--rounds 3] [--layers 4 --width 256 --rows 32 --length 256 --vocabulary 4096] [--at-once 16]
 
 NANOCHAT is a checkout of karpathy/nanochat at 92d63d4. Each round starts a fresh process for nanochat in float32 (its default on
-a CPU) and in bfloat16, compiled as its training script does, and for ours in both. A process takes two steps to warm up and
-then the median of twelve. Ratios are medians over rounds, against nanochat of the same round. Memory is the process's peak. With
-`--at-once` both take so many rows at a time and add the gradients up, as their training scripts do with that setting.
+a CPU) and in bfloat16, compiled as its training script does, and for ours in both, with the environment that `run_all.sh` sets.
+A process takes two steps to warm up and then the median of twelve. Ratios are medians over rounds, against nanochat of the same
+round. Memory is the process's peak. With `--at-once` both take so many rows at a time and add the gradients up, as their
+training scripts do with that setting.
 """
 import argparse
 import json
@@ -83,10 +84,10 @@ def work(args) -> None:
 
 def measure(args, worker: str, dtype: str) -> dict:
     """What a fresh process of one side measures."""
-    path = HERE if worker == "ours" else args.nanochat
+    path, own = (HERE, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}) if worker == "ours" else (args.nanochat, {})
     sizes = [f"--{k}={getattr(args, k)}" for k in ("layers", "width", "rows", "length", "vocabulary")] + [f"--at-once={args.at_once}"]
     out = subprocess.run([sys.executable, __file__, str(args.nanochat), f"--worker={worker}", f"--dtype={dtype}", *sizes], check=True,
-                         env=os.environ | {"PYTHONPATH": str(path), "NANOCHAT_DTYPE": dtype}, capture_output=True, text=True)
+                         env=os.environ | own | {"PYTHONPATH": str(path), "NANOCHAT_DTYPE": dtype}, capture_output=True, text=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 

@@ -205,6 +205,7 @@ def accumulate(model, idx: torch.Tensor, targets: torch.Tensor, *, rt: Runtime,
         loss = loss * (rt.world_size / count)
         loss.backward()
         total += loss.detach()
+        del loss                  # its graph would stay, in the way of the next forward pass
     return rt.sum(total.item())[0] / rt.world_size
 
 # %% ../nbs/11_pretraining.ipynb #trainingloop

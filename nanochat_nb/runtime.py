@@ -364,5 +364,5 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):     # macOS, musl, Windows
         return False
-    trim_threshold, mmap_max = -1, -4                # their numbers in malloc.h
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    trim_threshold, mmap_max, largest_fast = -1, -4, 1          # their numbers in malloc.h
+    return all((mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(largest_fast, 0)))
