@@ -149,14 +149,27 @@ def read_source(app, docname: str, source: list[str]) -> None:
         source[0] += toctrees()
 
 
+TOGETHER = re.compile(r" ± |(?<=\d) min\)")
+PRODUCT = re.compile(r"(?<=[\w²³√¼½)]) [·/] (?=[\w√¼½(]{1,6}(?![\w√¼½(]))")
+
+
 def keep_together(app, doctree, docname: str) -> None:
-    """Short words of code stay on one line (see book.css), and so does a number with its error."""
+    """Short words of code stay on one line (see book.css), and so do a number and its error, an exercise's
+    minutes, and short products outside of tables."""
+    def join(match: re.Match) -> str:
+        return match[0].replace(" ", "\N{NO-BREAK SPACE}")
+
     for literal in doctree.findall(nodes.literal):
         if max(map(len, literal.astext().split()), default=0) <= 24:
             literal["classes"].append("short")
+    products = {id(text) for paragraph in doctree.findall(nodes.paragraph)
+                if not isinstance(paragraph.parent, nodes.entry) for text in paragraph.findall(nodes.Text)}
     for text in list(doctree.findall(nodes.Text)):
-        if " ± " in text and not isinstance(text.parent, (nodes.literal, nodes.literal_block)):
-            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")))
+        whole = TOGETHER.sub(join, text)
+        if id(text) in products:
+            whole = PRODUCT.sub(join, whole)
+        if whole != text and not isinstance(text.parent, (nodes.literal, nodes.literal_block)):
+            text.parent.replace(text, nodes.Text(whole))
 
 
 def ship_mathjax(app, exception) -> None:
