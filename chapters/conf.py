@@ -168,7 +168,7 @@ def keep_together(app, doctree, docname: str) -> None:
         whole = TOGETHER.sub(join, text)
         if id(text) in products:
             whole = PRODUCT.sub(join, whole)
-        if whole != text and not isinstance(text.parent, (nodes.literal, nodes.literal_block)):
+        if whole != text and not isinstance(text.parent, (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block)):
             text.parent.replace(text, nodes.Text(whole))
 
 

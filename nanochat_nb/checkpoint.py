@@ -374,7 +374,8 @@ def import_nanochat(checkpoint_dir: str | Path, step: int, tokenizer_dir: str | 
         model = make_model(config, state, device, dtype or torch.float32)
     except (RuntimeError, KeyError, TypeError) as error:   # shapes, names, fields of the config
         raise UserError(f"{checkpoint_dir} is of a nanochat between October 2025 and July 2026, "
-                        f"or not of nanochat: {' '.join(str(error).split()[:40])}") from error
+                        "or of a later one, or not of nanochat: "
+                        f"{' '.join(str(error).split()[:40])}") from error
     tokenizer = read_nanochat_tokenizer(tokenizer_dir) if tokenizer_dir else None
     if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens, "

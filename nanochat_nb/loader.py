@@ -148,9 +148,9 @@ def _shard_lengths(path: Path, shard: dict, itemsize: int) -> np.ndarray:
     try:
         saved = json.loads(path.with_suffix(".json").read_text("utf-8"))
         lengths = np.array(saved["lengths"], dtype=np.int32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise _shard_error(path.with_suffix(".json"), "missing or damaged") from error
-    if (lengths.shape != (shard["documents"],)
+    if (lengths.shape != (shard["documents"],) or (lengths < 1).any()
             or lengths.sum(dtype=np.int64) != shard["tokens"]):
         raise _shard_error(path.with_suffix(".json"), "not the one written with its shard")
     return lengths
