@@ -130,7 +130,10 @@ def _read_index(folder: Path) -> dict:
             f"no token shards in {folder}; run the stage that tokenizes first") from error
     except (OSError, ValueError) as error:
         raise _shard_error(folder / "index.json", "damaged") from error
-    if not isinstance(index, dict) or not index.keys() >= {"complete", "dtype", "bos", "shards"}:
+    if not (isinstance(index, dict) and index.keys() >= {"complete", "dtype", "bos", "shards"}
+            and index["dtype"] in ("uint16", "uint32") and isinstance(index["shards"], list)
+            and all(isinstance(s, dict) and s.keys() >= {"name", "tokens", "documents", "sha256"}
+                    for s in index["shards"])):
         raise _shard_error(folder / "index.json", "damaged")
     if not index["complete"]:
         raise UserError(
