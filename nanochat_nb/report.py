@@ -231,8 +231,7 @@ def headline(report: dict) -> dict[str, float]:
     stages = report["stages"]
     last = next((s for s in ("rl", "sft") if report.get("tasks", {}).get(s)), None)
     base = stages["base"]["metrics"]
-    text = "val_bpb" if "val_bpb" in base else "document_bpb"
-    out = {k: base[k] for k in (text, "core", "core_partial") if k in base}
+    out = {k: base[k] for k in ("val_bpb", "document_bpb", "core", "core_partial") if k in base}
     if last:
         chat = stages[last]["metrics"]
         out |= {k: chat[k] for k in ("chatcore", "chatcore_embedded") if k in chat}
@@ -276,7 +275,7 @@ TITLES = {
     "memory": "remembering what the user said", "unknown": "saying that it does not know",
     "beyond": "questions beyond its world"
 } | {name: real.title for name, real in REAL.items()}
-HEADLINES = {"val_bpb": "bits per byte", "document_bpb": "bits per byte, document by document",
+HEADLINES = {"val_bpb": "bits per byte, in packed rows", "document_bpb": "bits per byte, document by document",
              "core": "CORE", "core_partial": "part of CORE", "chatcore": "public chat tasks, mean (0 is guessing)",
              "chatcore_embedded": "chat tasks, mean (0 is guessing)"}
 
@@ -783,9 +782,9 @@ def cards(report: dict) -> str:
     if "core_partial" in head:
         core = (f"({head['core_partial']:.3f})",
                 f"mean of {len(report['tasks']['base'])} CORE tasks, not CORE")
-    text = ((number(head["document_bpb"]), "bits per byte, held-out documents read alone")
-            if "document_bpb" in head else
-            (number(head.get("val_bpb")), "bits per byte, held-out text in rows as trained on"))
+    text = ((number(head.get("document_bpb")), "bits per byte, held-out documents read alone")
+            if "val_bpb" not in head else
+            (number(head["val_bpb"]), "bits per byte, held-out text in rows as trained on"))
     shown = [
         text, core,
         (number(head.get("chatcore_embedded", head.get("chatcore"))),
