@@ -48,6 +48,7 @@ install() {
   if [ "$have" = "$want" ] && "$here/.venv/bin/python" -c '' 2>/dev/null; then return; fi
   echo "Installing into .venv (once; a few minutes)"
   if [ "${have##*$'\n'}" != "$here" ] || ! "$here/.venv/bin/python" -c '' 2>/dev/null; then    # none, moved, or its Python is gone
+    [ ! -L "$here/.venv" ] || fail ".venv is a link, and what it leads to would be emptied; remove the link"
     local python; python=$(find_python) || exit 1
     "$python" -m venv --clear "$here/.venv"
   fi

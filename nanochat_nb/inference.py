@@ -1678,7 +1678,7 @@ def best_stage(run: str | Path) -> str:
     finished = [s for s in have if (folder / s / "summary.json").exists()]
     if not have:
         raise UserError(f"the run at {folder} has no trained model yet; "
-                        "continue it with: bash run_all.sh")
+                        f"continue it with: bash run_all.sh --run {folder.name}")
     return (finished or have)[0]
 
 # %% ../nbs/08_inference.ipynb #show

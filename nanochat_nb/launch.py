@@ -121,7 +121,8 @@ def load_preset(preset: str | Path) -> dict[str, dict]:
         if path.parent != ROOT / "presets":
             raise UserError(f"there is no preset file {path}")
         known = [p.stem for p in (ROOT / "presets").glob("*.yaml")]
-        raise UserError(f"unknown preset {str(preset)!r}{nearest(str(preset), known)}")
+        known += ["chat", "lab", "book", "refresh", "test", "miniseries", "help"]      # run_all.sh's
+        raise UserError(f"unknown preset or command {str(preset)!r}{nearest(str(preset), known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
